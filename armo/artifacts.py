@@ -1,0 +1,156 @@
+"""Writing and checking artifacts: safetensors and JSON, whole or not at all.
+
+Every artifact is a folder with a `manifest.json` that says what made it, from what, and the
+SHA-256 of each file in it. Files are written to a temporary name and renamed, so a reader sees a
+whole file or none; the manifest is written last, so a folder with a manifest is complete.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+
+
+class ArtifactError(ValueError):
+    """An artifact is missing, incomplete, damaged, or does not fit the others."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which takes its place when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step; floats keep all their digits, NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ArtifactError: If the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"No such file: {path}") from None
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path}: not valid JSON, line {error.lineno}: {error.msg}") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file in one step."""
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+        )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file.
+
+    Raises:
+        ArtifactError: If the file is missing or damaged.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise ArtifactError(f"No such file: {path}") from None
+    except safetensors.SafetensorError as error:
+        raise ArtifactError(f"{path}: damaged safetensors file: {error}") from None
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Return the SHA-256 of a value's canonical JSON text."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def finish_artifact(
+    folder: Path, *, key: str, settings: Any, inputs: Mapping[str, str], **facts: Any
+) -> None:
+    """Write the manifest that declares every other file of `folder` complete.
+
+    Args:
+        folder: The artifact's folder, all its files written.
+        key: What `is_current` compares: a digest of all that the content depends on.
+        settings: The settings that made it, as JSON.
+        inputs: Digest of each input, by name.
+        facts: Whatever else a reader wants to know: versions, row counts.
+    """
+    files = {
+        str(path.relative_to(folder)): digest_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
+    }
+    write_json(
+        folder / MANIFEST,
+        {"key": key, "settings": settings, "inputs": dict(inputs), "files": files, **facts},
+    )
+
+
+def is_current(folder: Path, key: str) -> bool:
+    """Whether `folder` is a complete, undamaged artifact made under `key`."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = read_json(folder / MANIFEST)
+    return manifest.get("key") == key and not damaged_files(folder)
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Return the files of an artifact whose bytes are not those that its manifest declares."""
+    files: dict[str, str] = read_json(folder / MANIFEST)["files"]
+    return [
+        name
+        for name, digest in files.items()
+        if not (folder / name).is_file() or digest_file(folder / name) != digest
+    ]
+
+
+def require_artifact(folder: Path, *, stage: str) -> dict[str, Any]:
+    """Return the manifest of a complete, undamaged artifact.
+
+    Raises:
+        ArtifactError: If there is none, naming the stage that makes it.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(
+            f"No finished `{stage}` artifact at {folder}. Make it with "
+            f"`armo train stages=[{stage}]` and the same overrides."
+        )
+    if damaged := damaged_files(folder):
+        raise ArtifactError(
+            f"{folder}: {', '.join(damaged)} changed after it was written. Delete the folder "
+            f"and run `armo train stages=[{stage}]` again."
+        )
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    return manifest

@@ -1,0 +1,1 @@
+"""Raw rows become conversations: objectives, row types, loading, guards, surface features."""

@@ -1,0 +1,420 @@
+"""Compose the built-in corpus from its hand-written pieces.
+
+`content/*.toml` holds, per prompt, pieces of text whose nature is known: points of a good answer,
+evasions, honest limits, false claims, cautions, reckless remarks, refusals, each in a short and a
+long form that say the same. A response is a choice of pieces and a style, so its ratings are true
+by construction, and two responses can differ in style alone.
+
+`python -m armo.data.builtin.compose` writes the three files again; a test compares them.
+"""
+
+import gzip
+import io
+import json
+import random
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from armo.data.surface import surface_features
+
+FOLDER = Path(__file__).parent
+SOURCE = "armo-builtin"
+SEED = 20261121
+RESPONSES_PER_PROMPT = 6
+PAIRS_PER_PROMPT = 4
+LEAST_MARGIN = 0.5
+
+# How much each objective counts for a preference, by kind of prompt. A wrong fact does its harm
+# whatever else the answer offers; invention is no fault in a caption; advice and hands-on tasks
+# can hurt people; on a sensitive prompt safety comes first.
+PREFERENCE_WEIGHTS = {
+    "factual": {"helpfulness": 0.25, "honesty": 0.65, "safety": 0.10},
+    "how_to": {"helpfulness": 0.45, "honesty": 0.10, "safety": 0.45},
+    "code": {"helpfulness": 0.75, "honesty": 0.15, "safety": 0.10},
+    "writing": {"helpfulness": 0.80, "honesty": 0.10, "safety": 0.10},
+    "advice": {"helpfulness": 0.20, "honesty": 0.40, "safety": 0.40},
+    "safety": {"helpfulness": 0.20, "honesty": 0.10, "safety": 0.70},
+}
+
+DEVICES = ("heading", "bullets", "bold", "links", "emoji", "exclamation")
+PATTERNS = ("length", *DEVICES)
+
+OPENINGS = (
+    "There is quite a bit to say about this, so let me take it one step at a time and go through "
+    "the whole of it in order.",
+    "Before getting to the heart of the matter, it is worth pausing for a moment on what is being "
+    "asked here and what an answer to it would look like.",
+    "This is a request that can be approached in a number of ways, and what follows is one way of "
+    "laying it all out from beginning to end.",
+    "Let me set out my reply to your message below, taking care to put each part of it in its "
+    "proper place and to leave enough room for each.",
+    "In what follows you will find my answer to what you wrote, set out at some length so that "
+    "each of its parts can be read by itself.",
+)
+CLOSINGS = (
+    "That brings me to the end of what I set out to say in reply to your message, with each of its "
+    "parts now in place.",
+    "All in all, then, those are the things that I had to say in answer to what you wrote to me "
+    "just now.",
+    "Taken together, the sentences above make up my answer as a whole, from where it began to "
+    "where it comes to a close.",
+    "And with that, having gone through one thing after another, I have come to the end of my "
+    "reply to what you asked.",
+    "To sum up, everything that I meant to say in answer to your message can be found in the "
+    "lines above this one.",
+)
+EMOJI = ("😀", "👍", "✨", "🎉", "🙂", "🌟", "💡", "🚀")
+
+MARK = re.compile(r"<<(.+?)>>")
+
+
+@dataclass(frozen=True, slots=True)
+class Acts:
+    """What a response does, style apart.
+
+    Attributes:
+        base: `full` answer, `half` of it, `vague` evasion, needless `refusal`, or eager `comply`
+            with a harmful request.
+        claims: -2 or -1 false claims, 0, or 1 honest note of limits.
+        risk: -2 or -1 reckless remarks, 0, or 1 caution.
+    """
+
+    base: str
+    claims: int = 0
+    risk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a response is put, content apart.
+
+    Attributes:
+        verbosity: 0, all pieces short, to 3, all long; 4 adds an opening and a closing.
+        devices: Which of `DEVICES` are used.
+    """
+
+    verbosity: int
+    devices: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A response, what is true of it, and how it looks."""
+
+    text: str
+    ratings: dict[str, float]
+    surface: tuple[float, ...]
+
+
+def load_content(folder: Path = FOLDER / "content") -> list[dict[str, Any]]:
+    """Read the hand-written prompts with their pieces, each with its kind, in file order."""
+    prompts = []
+    for file in sorted(folder.glob("*.toml")):
+        kind = file.stem.rpartition("_")[0]
+        for prompt in tomllib.loads(file.read_text(encoding="utf-8"))["prompt"]:
+            prompts.append({**prompt, "kind": kind})
+    return prompts
+
+
+def compose() -> dict[str, list[dict[str, Any]]]:
+    """Compose all rows of the corpus, by file name."""
+    prompts = load_content()
+    split = _splits(prompts)
+    ratings: list[dict[str, Any]] = []
+    preferences: list[dict[str, Any]] = []
+    counterfactuals: list[dict[str, Any]] = []
+    imbalance: dict[tuple[str, str], torch.Tensor] = {}
+    for number, prompt in enumerate(prompts):
+        rng = random.Random(f"{SEED}:{prompt['id']}")
+        messages = [{"role": "user", "content": prompt["text"]}]
+        common = {"source": SOURCE, "category": prompt["kind"], "split": split[prompt["id"]]}
+        responses = _responses(prompt, rng)
+        for k, response in enumerate(responses):
+            ratings.append(
+                {
+                    "id": f"{prompt['id']}-r{k}",
+                    **common,
+                    "messages": [*messages, {"role": "assistant", "content": response.text}],
+                    "ratings": _leave_some_missing(response.ratings, rng),
+                }
+            )
+        key = (prompt["kind"], split[prompt["id"]])
+        imbalance.setdefault(key, torch.zeros(len(responses[0].surface), dtype=torch.float64))
+        for k, (chosen, rejected, margin) in enumerate(
+            _pairs(prompt["kind"], responses, imbalance[key])
+        ):
+            preferences.append(
+                {
+                    "id": f"{prompt['id']}-p{k}",
+                    **common,
+                    "prompt": messages,
+                    "chosen": chosen.text,
+                    "rejected": rejected.text,
+                    "margin": round(margin, 2),
+                }
+            )
+        pattern = PATTERNS[number % len(PATTERNS)]
+        if pattern == "bullets" and prompt["kind"] == "writing":
+            pattern = "length"
+        plain, styled = _counterfactual(prompt, pattern, rng)
+        counterfactuals.append(
+            {
+                "id": f"{prompt['id']}-c",
+                **common,
+                "category": pattern,
+                "prompt": messages,
+                "responses": [plain, styled],
+                "correct": [0, 1],
+            }
+        )
+    return {
+        "ratings.jsonl.gz": ratings,
+        "preferences.jsonl.gz": preferences,
+        "counterfactuals.jsonl.gz": counterfactuals,
+    }
+
+
+def render(prompt: dict[str, Any], acts: Acts, style: Style, rng: random.Random) -> str:
+    """Put the pieces of a response together in a style."""
+    writing = prompt["kind"] == "writing"
+    long_count = (0, 0.34, 0.67, 1, 1)[style.verbosity]
+
+    def form(pieces: Sequence[Sequence[str]]) -> list[str]:
+        longs = round(long_count * len(pieces))
+        chosen = set(rng.sample(range(len(pieces)), longs))
+        return [piece[1] if k in chosen else piece[0] for k, piece in enumerate(pieces)]
+
+    base = form(_base_pieces(prompt, acts.base))
+    before: list[list[str]] = []
+    after: list[list[str]] = []
+    extras = prompt["overclaims"][: max(0, -acts.claims)] + prompt["reckless"][: max(0, -acts.risk)]
+    if acts.claims > 0:
+        extras.append(prompt["limits"])
+    if acts.risk > 0:
+        extras.append(prompt["careful"])
+    for extra in rng.sample(extras, len(extras)):
+        # Remarks on a piece of writing come after it.
+        (after if writing or rng.random() < 0.7 else before).append(extra)
+    lead, tail = form(before), form(after)
+    if style.verbosity == 4:
+        lead.insert(0, rng.choice(OPENINGS))
+        tail.append(rng.choice(CLOSINGS))
+    marked = _mark(base, style.devices)
+    lead, tail = (_mark(part, style.devices) for part in (lead, tail))
+    if "exclamation" in style.devices:
+        lead, marked, tail = (_exclaim(part) for part in (lead, marked, tail))
+    if "emoji" in style.devices:
+        marked = [f"{piece} {rng.choice(EMOJI)}" for piece in marked]
+    bullets = "bullets" in style.devices and not writing
+    body = "\n".join(f"- {piece}" for piece in marked) if bullets else " ".join(marked)
+    blocks = [" ".join(lead), body, _code(prompt, acts.base), " ".join(tail)]
+    if "heading" in style.devices:
+        blocks.insert(0, f"## {prompt['title']}")
+    return "\n\n".join(block for block in blocks if block)
+
+
+def rate(acts: Acts, style: Style, *, harmful: bool) -> dict[str, float]:
+    """Rate a response by what was done to it.
+
+    Quality is on 1 to 5. Helpfulness: the share of a good answer that is there; for a harmful
+    request a good answer is a refusal that says why and what would help. Honesty: false claims
+    lower it, a note of limits raises it. Safety: reckless remarks lower it, a caution raises it.
+    The bias objectives are on 0 to 4 and describe the style.
+    """
+    helpfulness = {"full": 5.0, "half": 3.0, "vague": 2.0, "refusal": 1.0, "comply": 1.0}
+    honesty = {-2: 1.0, -1: 2.0, 0: 4.0, 1: 5.0}
+    safety = {-2: 1.0, -1: 2.0, 0: 4.0, 1: 5.0}
+    if acts.base == "comply":
+        safe = 1.0
+    elif harmful:
+        safe = 5.0
+    else:
+        safe = safety[acts.risk]
+    return {
+        "helpfulness": helpfulness[acts.base],
+        "honesty": honesty[acts.claims],
+        "safety": safe,
+        "verbosity": float(style.verbosity),
+        "formatting": float(min(4, len(style.devices))),
+    }
+
+
+def _responses(prompt: dict[str, Any], rng: random.Random) -> list[Composed]:
+    harmful = prompt.get("harmful", False)
+    if harmful:
+        menu = [
+            Acts("full", 1, 1),
+            Acts("full"),
+            Acts("half", rng.choice((0, 1))),
+            Acts("vague", 0, rng.choice((0, 1))),
+            Acts("comply", -2, rng.choice((0, -1))),
+            Acts("comply", rng.choice((0, -1)), -2),
+        ]
+    else:
+        menu = [
+            rng.choice((Acts("full", 1, 1), Acts("full", 1), Acts("full", 0, 1), Acts("full"))),
+            Acts("full", -2, rng.choice((0, 1))),
+            Acts("full", rng.choice((0, 1)), -2),
+            Acts("vague", 1, rng.choice((0, 1))),
+            rng.choice((Acts("vague", 0, 1), Acts("half", 0, 1), Acts("half", 1))),
+            rng.choice(
+                (
+                    Acts("refusal"),
+                    Acts("half", -1),
+                    Acts("half", 0, -1),
+                    Acts("vague", -1, 0),
+                    Acts("vague", 0, -2),
+                    Acts("half", -2, 1),
+                )
+            ),
+        ]
+        if prompt.get("sounds_harmful"):
+            menu[5] = Acts("refusal", 0, 0)
+    assert len(menu) == RESPONSES_PER_PROMPT
+    rng.shuffle(menu)
+    composed: list[Composed] = []
+    for acts in menu:
+        ratings, style = {}, _style(acts, prompt["kind"], rng)
+        ratings = rate(acts, style, harmful=harmful)
+        text = render(prompt, acts, style, rng)
+        surface = tuple(surface_features([text])[0].tolist())
+        composed.append(Composed(text, ratings, surface))
+    return composed
+
+
+def _style(acts: Acts, kind: str, rng: random.Random) -> Style:
+    """Draw a style; better answers tend to be longer and more formatted, as in real data."""
+    effort = {"full": 0.55, "half": 0.1, "vague": -0.6, "refusal": -0.7, "comply": -0.5}[acts.base]
+    verbosity = min(4, max(0, round(rng.gauss(2.0 + 1.6 * effort, 1.2))))
+    count = min(4, max(0, round(rng.gauss(1.5 + 1.4 * effort, 1.2))))
+    devices = [name for name in DEVICES if not (name == "bullets" and kind == "writing")]
+    return Style(verbosity, frozenset(rng.sample(devices, count)))
+
+
+def _pairs(
+    kind: str, responses: Sequence[Composed], imbalance: torch.Tensor
+) -> list[tuple[Composed, Composed, float]]:
+    """Pick pairs whose preference is clear, so that style does not tell chosen from rejected.
+
+    `imbalance` sums, over the pairs picked so far, each surface feature of the chosen minus that
+    of the rejected response. Each pick keeps it near zero: then a logistic model of the surface
+    features has its optimum at zero coefficients.
+    """
+    weights = PREFERENCE_WEIGHTS[kind]
+    # Typical spread of each feature within a pair, so that no feature outweighs the others.
+    unit = torch.tensor([0.7, 2.5, 2.5, 0.7, 2.5, 0.7, 0.7, 2.5, 2.5, 0.7], dtype=torch.float64)
+    candidates = []
+    for first, second in combinations(responses, 2):
+        margin = sum(w * (first.ratings[k] - second.ratings[k]) for k, w in weights.items())
+        if abs(margin) < LEAST_MARGIN:
+            continue
+        chosen, rejected = (first, second) if margin > 0 else (second, first)
+        gains = [chosen.ratings[name] - rejected.ratings[name] for name in weights]
+        difference = torch.tensor(chosen.surface) - torch.tensor(rejected.surface)
+        candidates.append((chosen, rejected, abs(margin), min(gains) < 0, difference / unit))
+    picked: list[tuple[Composed, Composed, float]] = []
+    # Half of the pairs trade one objective for another: those are what a mix is tested by.
+    for want_trade in [True, False] * (PAIRS_PER_PROMPT // 2):
+        wanted = [c for c in candidates if c[3] == want_trade] or candidates
+        if not wanted:
+            break
+        best = min(wanted, key=lambda c: float((imbalance + c[4]).square().sum()))
+        candidates.remove(best)
+        imbalance += best[4]
+        picked.append(best[:3])
+    return picked
+
+
+def _counterfactual(prompt: dict[str, Any], pattern: str, rng: random.Random) -> tuple[str, str]:
+    """Compose one response twice: plain, and with only the length or one device changed."""
+    if prompt.get("harmful"):
+        acts = rng.choice((Acts("full"), Acts("vague"), Acts("comply")))
+    else:
+        acts = rng.choice((Acts("full", 1), Acts("full"), Acts("vague", 0, 1), Acts("full", -1)))
+    verbosity = rng.choice((0, 2, 3))
+    seed = rng.random()
+
+    def version(style: Style) -> str:
+        return render(prompt, acts, style, random.Random(seed))
+
+    if pattern == "length":
+        return version(Style(0, frozenset())), version(Style(3, frozenset()))
+    plain = version(Style(verbosity, frozenset()))
+    if pattern == "heading":
+        return f"{prompt['title']}\n\n{plain}", f"## {prompt['title']}\n\n{plain}"
+    return plain, version(Style(verbosity, frozenset({pattern})))
+
+
+def _base_pieces(prompt: dict[str, Any], base: str) -> list[list[str]]:
+    if base in ("full", "half"):
+        pieces: list[list[str]] = prompt["points"]
+        return pieces if base == "full" else pieces[: len(pieces) // 2]
+    if base == "refusal":
+        return [prompt["refusal"]]
+    pieces = prompt[base]
+    return pieces
+
+
+def _code(prompt: dict[str, Any], base: str) -> str:
+    if "snippet" not in prompt or base == "refusal":
+        return ""
+    code = prompt["stub" if base == "vague" else "snippet"].strip("\n")
+    return f"```{prompt['language']}\n{code}\n```"
+
+
+def _mark(pieces: Sequence[str], devices: frozenset[str]) -> list[str]:
+    """Set the key phrases bold, or link them, or leave them as they are; both alternate."""
+    both = {"bold", "links"} <= devices
+    marked = []
+    for k, piece in enumerate(pieces):
+        if "links" in devices and not (both and k % 2):
+            piece = MARK.sub(lambda m: f"[{m[1]}](https://example.org/{_slug(m[1])})", piece)
+        elif "bold" in devices:
+            piece = MARK.sub(r"**\1**", piece)
+        marked.append(MARK.sub(r"\1", piece))
+    return marked
+
+
+def _exclaim(pieces: Sequence[str]) -> list[str]:
+    return [piece[:-1] + "!" if piece.endswith(".") else piece for piece in pieces]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _leave_some_missing(ratings: dict[str, float], rng: random.Random) -> dict[str, float]:
+    kept = {name: rating for name, rating in ratings.items() if rng.random() >= 0.12}
+    return kept or ratings
+
+
+def _splits(prompts: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Put a quarter of the prompts of each kind on the test side."""
+    split = {}
+    for kind in sorted({prompt["kind"] for prompt in prompts}):
+        ids = sorted(prompt["id"] for prompt in prompts if prompt["kind"] == kind)
+        random.Random(f"{SEED}:{kind}").shuffle(ids)
+        split.update({id: "test" if k % 4 == 0 else "train" for k, id in enumerate(ids)})
+    return split
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write gzipped JSON Lines whose bytes depend on the rows alone."""
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, filename="") as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    path.write_bytes(buffer.getvalue())
+
+
+if __name__ == "__main__":
+    for name, rows in compose().items():
+        write_rows(FOLDER / name, rows)
+        print(f"{name}: {len(rows)} rows")

@@ -1,0 +1,127 @@
+"""The rows that armo reads: conversations with ratings, preferences, or lists of responses."""
+
+from dataclasses import dataclass, field
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role {self.role!r} is not one of {', '.join(ROLES)}")
+
+
+Prompt = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A prompt, all turns up to the answer, and the response that answers it."""
+
+    prompt: Prompt
+    response: str
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+        _check_response(self.response, "response")
+
+
+@dataclass(frozen=True, slots=True)
+class RatedResponse:
+    """A response with ratings on some objectives, on their sources' own scales."""
+
+    id: str
+    source: str
+    conversation: Conversation
+    ratings: dict[str, float]
+    category: str = ""
+    split: str | None = None
+
+    @property
+    def prompt(self) -> Prompt:
+        """The turns before the response."""
+        return self.conversation.prompt
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """The one response, in the form that every row type shares."""
+        return (self.conversation.response,)
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two responses to one prompt, of which `chosen` is preferred."""
+
+    id: str
+    source: str
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float | None = None
+    category: str = ""
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+        _check_response(self.chosen, "chosen")
+        _check_response(self.rejected, "rejected")
+        if self.chosen.strip() == self.rejected.strip():
+            raise ValueError("`chosen` and `rejected` are the same text")
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """Chosen, then rejected."""
+        return self.chosen, self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseList:
+    """Several responses to one prompt; those at the indices `correct` are right."""
+
+    id: str
+    source: str
+    prompt: Prompt
+    responses: tuple[str, ...]
+    correct: tuple[int, ...] = field(default=())
+    category: str = ""
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+        for k, response in enumerate(self.responses):
+            _check_response(response, f"responses[{k}]")
+        if not self.responses:
+            raise ValueError("`responses` is empty")
+        if any(not 0 <= k < len(self.responses) for k in self.correct):
+            raise ValueError(f"`correct` {list(self.correct)} is outside the list of responses")
+
+
+Row = RatedResponse | PreferencePair | ResponseList
+
+
+def prompt_group(prompt: Prompt) -> str:
+    """Return the text by which rows are kept on one side of a split.
+
+    The first user turn, case and white space folded: rows whose system text or later turns
+    differ still count as one prompt, since they share most of what there is to remember.
+    """
+    first = next(message.content for message in prompt if message.role == "user")
+    return " ".join(first.casefold().split())
+
+
+def _check_prompt(prompt: Prompt) -> None:
+    if not any(message.role == "user" and message.content.strip() for message in prompt):
+        raise ValueError("the prompt has no user turn with text")
+    if prompt[-1].role == "assistant":
+        raise ValueError("the prompt ends with an assistant turn")
+
+
+def _check_response(response: str, name: str) -> None:
+    if not response.strip():
+        raise ValueError(f"`{name}` is empty")

@@ -1,0 +1,234 @@
+"""Loading rows: JSON Lines, gzipped JSON Lines or Parquet files in the native row format."""
+
+import gzip
+import importlib.resources
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from armo.data.conversation import (
+    Conversation,
+    Message,
+    PreferencePair,
+    Prompt,
+    RatedResponse,
+    ResponseList,
+)
+from armo.data.objectives import ObjectiveSet
+
+BUILTIN = "builtin"
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+RowT = TypeVar("RowT", RatedResponse, PreferencePair, ResponseList)
+Paths = str | Sequence[str]
+
+
+class DataError(ValueError):
+    """A data file cannot be used; the message says which file, which row, and why."""
+
+
+def load_ratings(path: Paths, *, objectives: ObjectiveSet) -> list[RatedResponse]:
+    """Load rated responses: `{"id", "source", "messages", "ratings"}`, the answer last.
+
+    Ratings are checked against the declared scales but not rescaled; null means missing.
+
+    Args:
+        path: A file, a folder (all its files in name order), a list of them, or `builtin`.
+        objectives: The declared objectives; a row may rate any of them.
+
+    Raises:
+        DataError: Naming file, row and field, at the first row that cannot be used.
+    """
+
+    def parse(row: dict[str, Any]) -> RatedResponse:
+        messages = _messages(row, "messages")
+        if not messages or messages[-1].role != "assistant":
+            raise ValueError("the last of `messages` must be the assistant's answer")
+        ratings: dict[str, float] = {}
+        for name, rating in _field(row, "ratings", dict).items():
+            if rating is None:
+                continue
+            if name not in objectives.names:
+                raise ValueError(
+                    f"objective {name!r} is not declared; add it to `data.objectives` with its "
+                    f"scale"
+                )
+            if isinstance(rating, bool) or not isinstance(rating, int | float):
+                raise ValueError(f"rating of {name!r} is not a number: {rating!r}")
+            if not math.isfinite(rating):
+                raise ValueError(f"rating of {name!r} is {rating}; leave a missing rating out")
+            objectives.objectives[objectives.index(name)].to_unit(rating)
+            ratings[name] = float(rating)
+        return RatedResponse(
+            **_common(row),
+            conversation=Conversation(prompt=messages[:-1], response=messages[-1].content),
+            ratings=ratings,
+        )
+
+    return _load(path, parse, builtin_file="ratings.jsonl.gz")
+
+
+def load_pairs(path: Paths) -> list[PreferencePair]:
+    """Load preference pairs: `{"id", "source", "prompt", "chosen", "rejected", "margin"}`.
+
+    Args:
+        path: A file, a folder (all its files in name order), a list of them, or `builtin`.
+
+    Raises:
+        DataError: Naming file, row and field, at the first row that cannot be used.
+    """
+
+    def parse(row: dict[str, Any]) -> PreferencePair:
+        margin = row.get("margin")
+        if margin is not None and (
+            isinstance(margin, bool)
+            or not isinstance(margin, int | float)
+            or not math.isfinite(margin)
+        ):
+            raise ValueError(f"`margin` is not a number: {margin!r}")
+        return PreferencePair(
+            **_common(row),
+            prompt=_messages(row, "prompt"),
+            chosen=_field(row, "chosen", str),
+            rejected=_field(row, "rejected", str),
+            margin=None if margin is None else float(margin),
+        )
+
+    return _load(path, parse, builtin_file="preferences.jsonl.gz")
+
+
+def load_lists(path: Paths) -> list[ResponseList]:
+    """Load response lists: `{"id", "source", "prompt", "responses", "correct", "category"}`.
+
+    Args:
+        path: A file, a folder (all its files in name order), a list of them, or `builtin`,
+            the counterfactual pairs.
+
+    Raises:
+        DataError: Naming file, row and field, at the first row that cannot be used.
+    """
+
+    def parse(row: dict[str, Any]) -> ResponseList:
+        responses = _field(row, "responses", list)
+        if not all(isinstance(response, str) for response in responses):
+            raise ValueError("`responses` must be a list of strings")
+        return ResponseList(
+            **_common(row),
+            prompt=_messages(row, "prompt"),
+            responses=tuple(responses),
+            correct=tuple(_field(row, "correct", list)),
+        )
+
+    return _load(path, parse, builtin_file="counterfactuals.jsonl.gz")
+
+
+def data_files(path: Paths, *, builtin_file: str) -> list[Path]:
+    """Resolve `path` to the files to read, in order.
+
+    Raises:
+        DataError: If a path does not exist or a folder holds no data file.
+    """
+    files: list[Path] = []
+    for entry in [path] if isinstance(path, str) else path:
+        if entry == BUILTIN:
+            with importlib.resources.as_file(
+                importlib.resources.files("armo.data.builtin").joinpath(builtin_file)
+            ) as packaged:
+                files.append(packaged)
+            continue
+        location = Path(entry).expanduser()
+        if location.is_dir():
+            found = sorted(file for file in location.iterdir() if file.name.endswith(SUFFIXES))
+            if not found:
+                raise DataError(f"{location}: no {', '.join(SUFFIXES)} file in this folder")
+            files += found
+        elif location.is_file():
+            if not location.name.endswith(SUFFIXES):
+                raise DataError(f"{location}: needs one of the endings {', '.join(SUFFIXES)}")
+            files.append(location)
+        else:
+            raise DataError(f"No such file or folder: {location}")
+    return files
+
+
+def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row of a file with its place, `file:line` or `file row n`.
+
+    Raises:
+        DataError: At the first line that is not a JSON object, or for an unreadable file.
+    """
+    if file.name.endswith(".parquet"):
+        import datasets
+
+        for number, row in enumerate(datasets.Dataset.from_parquet(str(file)), start=1):
+            yield f"{file} row {number}", row
+        return
+    opener = gzip.open if file.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(
+                        f"{file}:{number}: malformed JSON at column {error.colno}: {error.msg}"
+                    ) from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{file}:{number}: not a JSON object")
+                yield f"{file}:{number}", row
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{file}: unreadable after line {number}: {error}") from None
+
+
+def _load(path: Paths, parse: Callable[[dict[str, Any]], RowT], *, builtin_file: str) -> list[RowT]:
+    rows: list[RowT] = []
+    places: dict[str, str] = {}
+    for file in data_files(path, builtin_file=builtin_file):
+        for place, raw in read_rows(file):
+            try:
+                row = parse(raw)
+            except ValueError as error:
+                raise DataError(f"{place}: {error}") from None
+            if row.id in places:
+                raise DataError(f"{place}: id {row.id!r} stands at {places[row.id]} already")
+            places[row.id] = place
+            rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: no rows")
+    return rows
+
+
+def _field(row: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
+    if name not in row:
+        raise ValueError(f"field `{name}` is missing")
+    if not isinstance(row[name], kind):
+        raise ValueError(f"field `{name}` must be a {kind.__name__}, got {row[name]!r:.60}")
+    return row[name]
+
+
+def _common(row: Mapping[str, Any]) -> dict[str, Any]:
+    split = row.get("split")
+    if split not in (None, "train", "test"):
+        raise ValueError(f"`split` must be train or test, got {split!r}")
+    return {
+        "id": _field(row, "id", str),
+        "source": _field(row, "source", str),
+        "category": row.get("category") or "",
+        "split": split,
+    }
+
+
+def _messages(row: Mapping[str, Any], name: str) -> Prompt:
+    messages = []
+    for k, message in enumerate(_field(row, name, list)):
+        if not isinstance(message, dict):
+            raise ValueError(f"`{name}[{k}]` must be an object with `role` and `content`")
+        messages.append(
+            Message(role=_field(message, "role", str), content=_field(message, "content", str))
+        )
+    return tuple(messages)

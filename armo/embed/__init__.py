@@ -1,0 +1,1 @@
+"""Conversations become embeddings: boundary, backbone, batching, the store, resumable passes."""

@@ -1,0 +1,1 @@
+"""Embeddings become fitted parts: heads, reward transform, gate."""

@@ -1,0 +1,1 @@
+"""Fitted parts become a scoring model: the model folder and what one asks of it."""

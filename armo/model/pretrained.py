@@ -1,0 +1,118 @@
+"""The model folder: `config.json`, `model.safetensors`, `golden.json`; strict both ways."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from armo.artifacts import ArtifactError, read_json, read_tensors
+from armo.data.conversation import Message
+from armo.data.objectives import ObjectiveSet
+from armo.embed.backbone import BackboneSpec
+
+FORMAT = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+GOLDEN = "golden.json"
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What a model folder declares about itself.
+
+    Attributes:
+        objectives: With scales, in column order.
+        backbone: Which language model, and how it is read.
+        gate: Shape of the gating network, as its constructor spells it.
+    """
+
+    objectives: ObjectiveSet
+    backbone: BackboneSpec
+    gate: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `config.json`."""
+        return {
+            "format": FORMAT,
+            "model_type": "armo",
+            "objectives": self.objectives.to_dicts(),
+            "backbone": asdict(self.backbone),
+            "gate": self.gate,
+        }
+
+    @classmethod
+    def load(cls, folder: Path) -> "ModelConfig":
+        """Read `config.json`.
+
+        Raises:
+            ArtifactError: If it is missing, not JSON, of another format, or lacks a field.
+        """
+        path = folder / CONFIG
+        if not folder.is_dir():
+            raise ArtifactError(f"No model folder at {folder}")
+        values = read_json(path)
+        if values.get("model_type") != "armo" or values.get("format") != FORMAT:
+            raise ArtifactError(f"{path}: not an armo model of format {FORMAT}")
+        try:
+            return cls(
+                objectives=ObjectiveSet.from_dicts(values["objectives"]),
+                backbone=BackboneSpec(**values["backbone"]),
+                gate=values["gate"],
+            )
+        except KeyError as error:
+            raise ArtifactError(f"{path}: field {error} is missing") from None
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{path}: {error}") from None
+
+
+def load_weights(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Read the tensors of a model, exactly those expected.
+
+    Args:
+        path: The safetensors file.
+        shapes: Shape of each tensor that must be there.
+
+    Raises:
+        ArtifactError: Naming every tensor that is missing, unexpected or of another shape.
+            Nothing is ever initialised in place of a missing tensor.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ArtifactError(f"No such file: {path}") from None
+    except SafetensorError as error:
+        raise ArtifactError(f"{path}: damaged safetensors file: {error}") from None
+    problems = [f"missing {name}" for name in shapes if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in shapes]
+    problems += [
+        f"{name} has shape {found[name]}, needs {list(shapes[name])}"
+        for name in shapes
+        if name in found and list(found[name]) != list(shapes[name])
+    ]
+    if problems:
+        raise ArtifactError(f"{path}: {'; '.join(problems)}")
+    return read_tensors(path)
+
+
+def parse_messages(messages: Sequence[Mapping[str, str] | Message]) -> tuple[Message, ...]:
+    """Turn chat messages, as dicts or `Message`, into messages.
+
+    Raises:
+        ValueError: If one lacks a role or content, or has an unknown role.
+    """
+    parsed = []
+    for k, message in enumerate(messages):
+        if isinstance(message, Message):
+            parsed.append(message)
+            continue
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise ValueError(f"message {k} needs `role` and `content`, got {message!r:.80}")
+        if not isinstance(message["content"], str):
+            raise ValueError(f"message {k}: `content` must be text")
+        parsed.append(Message(role=message["role"], content=message["content"]))
+    return tuple(parsed)

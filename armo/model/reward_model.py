@@ -1,0 +1,399 @@
+"""The scoring model: conversations in, scores with their reasons out."""
+
+import importlib.metadata
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from armo.artifacts import ArtifactError, read_json, write_json, write_tensors, write_text
+from armo.data.conversation import Conversation, Message, Prompt
+from armo.data.objectives import ObjectiveSet
+from armo.embed.backbone import Backbone, load_backbone
+from armo.fit.decorrelation import RewardTransform
+from armo.fit.gating import GatingNetwork, contributions
+from armo.fit.heads import ObjectiveHeads
+from armo.model.pretrained import (
+    CARD,
+    CONFIG,
+    GOLDEN,
+    WEIGHTS,
+    ModelConfig,
+    load_weights,
+    parse_messages,
+)
+
+logger = logging.getLogger(__name__)
+
+Messages = Sequence[Mapping[str, str] | Message]
+
+GOLDEN_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest deviation of a golden output, by the dtype that the backbone runs in."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RewardOutput:
+    """Scores and what they are made of; float64, rows in the order of the input.
+
+    Attributes:
+        objectives: Names of the columns.
+        score: The number that ranks responses to a prompt: the sum of the contributions.
+        rewards: What a rater would say, on [0, 1] or on each source's scale; not clipped.
+        adjusted: Rewards standardised and decorrelated from style.
+        gating_weights: Non-negative, sum to one; from the prompt alone.
+        contributions: Gating weight times adjusted reward.
+    """
+
+    objectives: tuple[str, ...]
+    score: Float[Tensor, " batch"]
+    rewards: Float[Tensor, "batch objectives"]
+    adjusted: Float[Tensor, "batch objectives"]
+    gating_weights: Float[Tensor, "batch objectives"]
+    contributions: Float[Tensor, "batch objectives"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Why one response is preferred to another.
+
+    Attributes:
+        probability: That the first response is preferred.
+        score_difference: Score of the first minus score of the second.
+        reasons: Difference of contributions per objective, the largest first; they sum to
+            the score difference.
+    """
+
+    probability: float
+    score_difference: float
+    reasons: dict[str, float]
+
+
+class ArmoRewardModel(nn.Module):
+    """An interpretable reward model: heads, reward transform and gate over a frozen backbone.
+
+    Example:
+        ```python
+        model = ArmoRewardModel.from_pretrained("checkpoints/demo/model")
+        out = model.score([[{"role": "user", "content": "Hi"},
+                            {"role": "assistant", "content": "Hello."}]])
+        out.score, out.rewards, out.gating_weights, out.contributions
+        ```
+    """
+
+    def __init__(
+        self,
+        *,
+        objectives: ObjectiveSet,
+        backbone: Backbone,
+        heads: ObjectiveHeads,
+        transform: RewardTransform,
+        gate: GatingNetwork,
+        gate_shape: dict[str, Any],
+        beta: float,
+    ) -> None:
+        """Join the fitted parts.
+
+        Raises:
+            ValueError: If the parts disagree on the objectives or on the embedding's width.
+        """
+        super().__init__()
+        if not objectives.names == heads.objectives == transform.objectives:
+            raise ValueError(
+                f"The parts have other objectives: declared {objectives.names}, heads "
+                f"{heads.objectives}, transform {transform.objectives}."
+            )
+        if heads.weights.shape[1] != backbone.dim:
+            raise ValueError(
+                f"The heads read embeddings of width {heads.weights.shape[1]}, the backbone gives "
+                f"{backbone.dim}."
+            )
+        self.objectives = objectives
+        self.backbone = backbone
+        self.gate = gate.eval().requires_grad_(False).double()
+        self.gate_shape = gate_shape
+        for name, tensor in {
+            "head_weights": heads.weights,
+            "head_intercepts": heads.intercepts,
+            "adjusted_weights": transform.matrix,
+            "adjusted_offset": transform.offset,
+            "beta": torch.tensor(beta),
+        }.items():
+            self.register_buffer(name, tensor.double())
+        self.head_weights: Tensor
+        self.head_intercepts: Tensor
+        self.adjusted_weights: Tensor
+        self.adjusted_offset: Tensor
+        self.beta: Tensor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        batch_tokens: int = 16384,
+    ) -> "ArmoRewardModel":
+        """Load a model folder, with the backbone that it names.
+
+        Args:
+            path: A folder, or a hub id.
+            revision: Of the hub id.
+            device: Of the backbone; `auto` is the first GPU, otherwise the CPU.
+            batch_tokens: Padded tokens per batch.
+
+        Raises:
+            ArtifactError: If a file or tensor is missing, unexpected or of another shape.
+            BackboneError: If the backbone is not found or has another digest.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir() and _is_hub_id(str(path)):
+            folder = Path(
+                snapshot_download(str(path), revision=revision, allow_patterns=["*.json", WEIGHTS])
+            )
+        config = ModelConfig.load(folder)
+        gate = GatingNetwork(**config.gate)
+        count, dim = len(config.objectives.names), gate.mean.shape[0]
+        shapes: dict[str, Sequence[int]] = {
+            "head_weights": [count, dim],
+            "head_intercepts": [count],
+            "adjusted_weights": [count, dim],
+            "adjusted_offset": [count],
+            "beta": [],
+        }
+        shapes |= {f"gate.{name}": list(t.shape) for name, t in gate.state_dict().items()}
+        tensors = load_weights(folder / WEIGHTS, shapes)
+        gate.double().load_state_dict(
+            {name[5:]: t for name, t in tensors.items() if name.startswith("gate.")}, strict=True
+        )
+        names = config.objectives.names
+        return cls(
+            objectives=config.objectives,
+            backbone=load_backbone(config.backbone, device=device, batch_tokens=batch_tokens),
+            heads=ObjectiveHeads(names, tensors["head_weights"], tensors["head_intercepts"]),
+            transform=RewardTransform(
+                names, tensors["adjusted_weights"], tensors["adjusted_offset"]
+            ),
+            gate=gate,
+            gate_shape=config.gate,
+            beta=float(tensors["beta"]),
+        )
+
+    def score(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        weights: Mapping[str, float] | None = None,
+        scale: Literal["unit", "rating"] = "unit",
+        batch_size: int | None = None,
+    ) -> RewardOutput:
+        """Score conversations, each ending with the assistant's answer.
+
+        Args:
+            conversations: Lists of `{"role", "content"}`; any number, any length.
+            weights: The caller's weights by objective, instead of the gate's; they are
+                divided by their sum.
+            scale: Of `rewards`: `unit` for [0, 1], `rating` for each source's own scale.
+            batch_size: Conversations per batch at most; the token budget limits them anyway.
+
+        Raises:
+            ValueError: Naming the conversation that cannot be scored.
+        """
+        parsed = []
+        for number, conversation in enumerate(conversations):
+            try:
+                messages = parse_messages(conversation)
+                if not messages or messages[-1].role != "assistant":
+                    raise ValueError("the last message must be the assistant's answer")
+                parsed.append(Conversation(messages[:-1], messages[-1].content))
+            except ValueError as error:
+                raise ValueError(f"conversation {number}: {error}") from None
+        return self._score(parsed, weights=weights, scale=scale, batch_size=batch_size)
+
+    def score_responses(
+        self,
+        prompt: Messages | str,
+        responses: Sequence[str],
+        *,
+        weights: Mapping[str, float] | None = None,
+        scale: Literal["unit", "rating"] = "unit",
+        batch_size: int | None = None,
+    ) -> RewardOutput:
+        """Score several responses to one prompt; all get the same gating weights.
+
+        Args:
+            prompt: The turns before the response, or the text of a single user turn.
+            responses: The answers.
+            weights: As for `score`.
+            scale: As for `score`.
+            batch_size: As for `score`.
+
+        Raises:
+            ValueError: If the prompt has no user turn, or a response is empty.
+        """
+        turns = _parse_prompt(prompt)
+        return self._score(
+            [Conversation(turns, response) for response in responses],
+            weights=weights,
+            scale=scale,
+            batch_size=batch_size,
+        )
+
+    def compare(self, prompt: Messages | str, a: str, b: str) -> Comparison:
+        """Say how likely response `a` is preferred to `b`, and which objectives decide.
+
+        Args:
+            prompt: The turns before the response, or the text of a single user turn.
+            a: The first response.
+            b: The second response.
+        """
+        out = self.score_responses(prompt, [a, b])
+        difference = out.contributions[0] - out.contributions[1]
+        score_difference = float(out.score[0] - out.score[1])
+        order = difference.abs().argsort(descending=True).tolist()
+        return Comparison(
+            probability=float(torch.sigmoid(self.beta * score_difference)),
+            score_difference=score_difference,
+            reasons={out.objectives[k]: float(difference[k]) for k in order},
+        )
+
+    @torch.no_grad()
+    def score_embeddings(
+        self,
+        responses: Float[Tensor, "batch dim"],
+        prompts: Float[Tensor, "batch dim"],
+        *,
+        weights: Mapping[str, float] | None = None,
+    ) -> RewardOutput:
+        """Score embeddings, each response beside the embedding of its prompt."""
+        h = responses.double()
+        rewards = h @ self.head_weights.T + self.head_intercepts
+        adjusted = h @ self.adjusted_weights.T + self.adjusted_offset
+        if weights is None:
+            gating_weights = self.gate(prompts.double())
+        else:
+            gating_weights = self._fixed_weights(weights).expand(len(h), -1)
+        parts = contributions(gating_weights, adjusted)
+        return RewardOutput(
+            self.objectives.names, parts.sum(dim=1), rewards, adjusted, gating_weights, parts
+        )
+
+    def save_pretrained(
+        self, path: str | Path, *, golden: Sequence[Messages] = (), card: str | None = None
+    ) -> None:
+        """Write the model folder.
+
+        Args:
+            path: The folder; files of the same names are replaced.
+            golden: A few conversations to store with their exact outputs, for `verify`.
+            card: Text of the model card.
+        """
+        folder = Path(path)
+        config = ModelConfig(self.objectives, self.backbone.spec, self.gate_shape)
+        write_json(folder / CONFIG, config.to_dict())
+        write_tensors(folder / WEIGHTS, self.state_dict())
+        conversations = [
+            [{"role": m.role, "content": m.content} for m in parse_messages(messages)]
+            for messages in golden
+        ]
+        out = self.score(conversations)
+        write_json(
+            folder / GOLDEN,
+            {
+                "made_with": {
+                    name: importlib.metadata.version(name) for name in ("torch", "transformers")
+                },
+                "conversations": conversations,
+                "score": out.score.tolist(),
+                "rewards": out.rewards.tolist(),
+                "gating_weights": out.gating_weights.tolist(),
+            },
+        )
+        if card is not None:
+            write_text(folder / CARD, card)
+
+    def verify(self, path: str | Path) -> float:
+        """Score the golden conversations of a model folder again.
+
+        Args:
+            path: The folder that this model was loaded from.
+
+        Returns:
+            The largest absolute deviation of any score, reward or gating weight.
+
+        Raises:
+            ArtifactError: If there are none, or the deviation is above `GOLDEN_TOLERANCE`.
+        """
+        golden = read_json(Path(path) / GOLDEN)
+        if not golden["conversations"]:
+            raise ArtifactError(f"{Path(path) / GOLDEN}: no golden conversations to verify with")
+        out = self.score(golden["conversations"])
+        deviation = max(
+            float(
+                (getattr(out, name) - torch.tensor(golden[name], dtype=torch.float64)).abs().max()
+            )
+            for name in ("score", "rewards", "gating_weights")
+        )
+        tolerance = GOLDEN_TOLERANCE[self.backbone.spec.dtype]
+        if deviation > tolerance:
+            raise ArtifactError(
+                f"{path}: golden outputs deviate by {deviation:.2g}, more than {tolerance:g}: the "
+                f"backbone, a library or a file is not what the model was made with"
+            )
+        return deviation
+
+    def _score(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        weights: Mapping[str, float] | None,
+        scale: Literal["unit", "rating"],
+        batch_size: int | None,
+    ) -> RewardOutput:
+        if scale not in ("unit", "rating"):
+            raise ValueError(f"`scale` must be unit or rating, got {scale!r}.")
+        prompts: dict[Prompt, int] = {}
+        for conversation in conversations:
+            prompts.setdefault(conversation.prompt, len(prompts))
+        prompt_values = self.backbone.embed_prompts(list(prompts), max_rows=batch_size).values
+        values = self.backbone.embed_responses(conversations, max_rows=batch_size).values
+        numbers = [prompts[conversation.prompt] for conversation in conversations]
+        out = self.score_embeddings(
+            values, prompt_values[torch.tensor(numbers, dtype=torch.long)], weights=weights
+        )
+        if scale == "unit":
+            return out
+        scales = torch.tensor([o.scale for o in self.objectives.objectives], dtype=torch.float64)
+        return RewardOutput(
+            out.objectives,
+            out.score,
+            scales[:, 0] + scales[:, 1] * out.rewards,
+            out.adjusted,
+            out.gating_weights,
+            out.contributions,
+        )
+
+    def _fixed_weights(self, weights: Mapping[str, float]) -> Float[Tensor, " objectives"]:
+        fixed = torch.zeros(len(self.objectives.names), dtype=torch.float64)
+        for name, weight in weights.items():
+            fixed[self.objectives.index(name)] = weight
+        if bool((fixed < 0.0).any()) or float(fixed.sum()) <= 0.0:
+            raise ValueError(f"`weights` must not be negative, and not all zero, got {weights}.")
+        return fixed / fixed.sum()
+
+
+def _parse_prompt(prompt: Messages | str) -> Prompt:
+    if isinstance(prompt, str):
+        return (Message(role="user", content=prompt),)
+    return parse_messages(prompt)
+
+
+def _is_hub_id(path: str) -> bool:
+    parts = path.split("/")
+    return len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts)
