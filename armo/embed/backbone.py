@@ -129,7 +129,7 @@ class Backbone:
         *,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        batch_tokens: int = 16384,
+        batch_tokens: int = 4096,
     ) -> None:
         """Wrap a loaded model; most callers want `load_backbone`.
 
@@ -295,7 +295,7 @@ def pool(
 
 
 def load_backbone(
-    spec: BackboneSpec, *, device: str = "auto", batch_tokens: int = 16384
+    spec: BackboneSpec, *, device: str = "auto", batch_tokens: int = 4096
 ) -> Backbone:
     """Load the frozen language model that a spec describes, and check that it is that one.
 

@@ -11,6 +11,7 @@ by construction, and two responses can differ in style alone.
 import gzip
 import io
 import json
+import math
 import random
 import re
 import tomllib
@@ -27,7 +28,9 @@ from armo.data.surface import surface_features
 FOLDER = Path(__file__).parent
 SOURCE = "armo-builtin"
 SEED = 20261121
-RESPONSES_PER_PROMPT = 6
+COMPARED_PER_PROMPT = 4
+COMPARED_WORDS = (80, 210)
+COMPARED_DRAWS = 5
 PAIRS_PER_PROMPT = 4
 LEAST_MARGIN = 0.5
 
@@ -43,34 +46,54 @@ PREFERENCE_WEIGHTS = {
     "safety": {"helpfulness": 0.20, "honesty": 0.10, "safety": 0.70},
 }
 
+QUALITY = ("helpfulness", "honesty", "safety")
 DEVICES = ("heading", "bullets", "bold", "links", "emoji", "exclamation")
 PATTERNS = ("length", *DEVICES)
 
-OPENINGS = (
-    "There is quite a bit to say about this, so let me take it one step at a time and go through "
-    "the whole of it in order.",
-    "Before getting to the heart of the matter, it is worth pausing for a moment on what is being "
-    "asked here and what an answer to it would look like.",
-    "This is a request that can be approached in a number of ways, and what follows is one way of "
-    "laying it all out from beginning to end.",
-    "Let me set out my reply to your message below, taking care to put each part of it in its "
-    "proper place and to leave enough room for each.",
-    "In what follows you will find my answer to what you wrote, set out at some length so that "
-    "each of its parts can be read by itself.",
+# Sentences without content, [short, long], that bring every response to the same number of
+# pieces: how much a response says must not follow from how good it is.
+NEUTRAL = (
+    (
+        "That is what I have to say to your message, and I leave the rest to you.",
+        "With that I have come to the end of what I have to say in reply to the message that you "
+        "sent me, and the rest of it is something that I leave to you.",
+    ),
+    (
+        "Here is my reply to what you wrote, put down in the order in which it came.",
+        "What follows here is the reply that I have put together to what you wrote just now, and "
+        "it is put down in the same order in which it all came to mind.",
+    ),
+    (
+        "Thank you for the message, which I have read from its first word to its last.",
+        "Thank you for having taken the time to write this message and for sending it to me, all "
+        "of which I have read with care from its first word to its last.",
+    ),
+    (
+        "Read these lines at your own pace, and come back to them whenever you like.",
+        "Please feel free to read all of these lines at a pace that is your own, and to come back "
+        "to any of them later on, whenever it is that you feel like doing so.",
+    ),
+    (
+        "My answer stands in the lines here, in plain words and without any detours.",
+        "The answer that I have for you can be found in the lines that stand here, written in "
+        "words as plain as I could make them and without any detours on the way.",
+    ),
+    (
+        "You asked about this, so let me reply to it as I would to a friend.",
+        "Since this is the thing that you have asked me about, let me go ahead and give you a "
+        "reply to it in just the way in which I would reply to a friend.",
+    ),
+    (
+        "As far as your message goes, this is all there is from my side for now.",
+        "As far as the message that you have sent to me is concerned, this here is all that there "
+        "is to be had from my side of the conversation for the time being.",
+    ),
 )
-CLOSINGS = (
-    "That brings me to the end of what I set out to say in reply to your message, with each of its "
-    "parts now in place.",
-    "All in all, then, those are the things that I had to say in answer to what you wrote to me "
-    "just now.",
-    "Taken together, the sentences above make up my answer as a whole, from where it began to "
-    "where it comes to a close.",
-    "And with that, having gone through one thing after another, I have come to the end of my "
-    "reply to what you asked.",
-    "To sum up, everything that I meant to say in answer to your message can be found in the "
-    "lines above this one.",
-)
+PIECES = 6
 EMOJI = ("😀", "👍", "✨", "🎉", "🙂", "🌟", "💡", "🚀")
+
+# Typical spread of each surface feature within a prompt, so that none outweighs the others.
+SURFACE_UNITS = torch.tensor([0.3, 2.0, 2.0, 0.5, 2.0, 0.5, 0.5, 2.0, 3.0, 0.5])
 
 MARK = re.compile(r"<<(.+?)>>")
 
@@ -80,8 +103,8 @@ class Acts:
     """What a response does, style apart.
 
     Attributes:
-        base: `full` answer, `half` of it, `vague` evasion, needless `refusal`, or eager `comply`
-            with a harmful request.
+        base: `full` answer; `half` of it, then evasive; `vague` evasion; needless `refusal`, then
+            evasive; or eager to `comply` with a harmful request.
         claims: -2 or -1 false claims, 0, or 1 honest note of limits.
         risk: -2 or -1 reckless remarks, 0, or 1 caution.
     """
@@ -96,7 +119,7 @@ class Style:
     """How a response is put, content apart.
 
     Attributes:
-        verbosity: 0, all pieces short, to 3, all long; 4 adds an opening and a closing.
+        verbosity: 0, all pieces short, to 4, all long.
         devices: Which of `DEVICES` are used.
     """
 
@@ -131,12 +154,17 @@ def compose() -> dict[str, list[dict[str, Any]]]:
     preferences: list[dict[str, Any]] = []
     counterfactuals: list[dict[str, Any]] = []
     imbalance: dict[tuple[str, str], torch.Tensor] = {}
+    moments: dict[str, torch.Tensor] = {}
     for number, prompt in enumerate(prompts):
         rng = random.Random(f"{SEED}:{prompt['id']}")
         messages = [{"role": "user", "content": prompt["text"]}]
-        common = {"source": SOURCE, "category": prompt["kind"], "split": split[prompt["id"]]}
-        responses = _responses(prompt, rng)
-        for k, response in enumerate(responses):
+        side = split[prompt["id"]]
+        common = {"source": SOURCE, "category": prompt["kind"], "split": side}
+        rated, compared = _acts(prompt, rng)
+        # Raters' favourites tend to be long and formatted, so heads learn style along with
+        # quality: rated responses are like that. Compared ones have styles of their own.
+        for k, acts in enumerate(rated):
+            response = _respond(prompt, acts, rng, confounded=True)
             ratings.append(
                 {
                     "id": f"{prompt['id']}-r{k}",
@@ -145,8 +173,9 @@ def compose() -> dict[str, list[dict[str, Any]]]:
                     "ratings": _leave_some_missing(response.ratings, rng),
                 }
             )
-        key = (prompt["kind"], split[prompt["id"]])
-        imbalance.setdefault(key, torch.zeros(len(responses[0].surface), dtype=torch.float64))
+        responses = _compared(prompt, compared, rng, moments.setdefault(side, _no_moments()))
+        key = (prompt["kind"], side)
+        imbalance.setdefault(key, torch.zeros(len(SURFACE_UNITS)))
         for k, (chosen, rejected, margin) in enumerate(
             _pairs(prompt["kind"], responses, imbalance[key])
         ):
@@ -184,10 +213,10 @@ def compose() -> dict[str, list[dict[str, Any]]]:
 def render(prompt: dict[str, Any], acts: Acts, style: Style, rng: random.Random) -> str:
     """Put the pieces of a response together in a style."""
     writing = prompt["kind"] == "writing"
-    long_count = (0, 0.34, 0.67, 1, 1)[style.verbosity]
+    long_share = style.verbosity / 4
 
     def form(pieces: Sequence[Sequence[str]]) -> list[str]:
-        longs = round(long_count * len(pieces))
+        longs = round(long_share * len(pieces))
         chosen = set(rng.sample(range(len(pieces)), longs))
         return [piece[1] if k in chosen else piece[0] for k, piece in enumerate(pieces)]
 
@@ -199,13 +228,11 @@ def render(prompt: dict[str, Any], acts: Acts, style: Style, rng: random.Random)
         extras.append(prompt["limits"])
     if acts.risk > 0:
         extras.append(prompt["careful"])
+    extras += rng.sample(NEUTRAL, max(0, PIECES - len(base) - len(extras)))
     for extra in rng.sample(extras, len(extras)):
         # Remarks on a piece of writing come after it.
         (after if writing or rng.random() < 0.7 else before).append(extra)
     lead, tail = form(before), form(after)
-    if style.verbosity == 4:
-        lead.insert(0, rng.choice(OPENINGS))
-        tail.append(rng.choice(CLOSINGS))
     marked = _mark(base, style.devices)
     lead, tail = (_mark(part, style.devices) for part in (lead, tail))
     if "exclamation" in style.devices:
@@ -246,55 +273,90 @@ def rate(acts: Acts, style: Style, *, harmful: bool) -> dict[str, float]:
     }
 
 
-def _responses(prompt: dict[str, Any], rng: random.Random) -> list[Composed]:
-    harmful = prompt.get("harmful", False)
-    if harmful:
+def _acts(prompt: dict[str, Any], rng: random.Random) -> tuple[list[Acts], list[Acts]]:
+    """Draw what the rated responses do, and what the compared ones do."""
+    if prompt.get("harmful"):
         menu = [
             Acts("full", 1, 1),
-            Acts("full"),
-            Acts("half", rng.choice((0, 1))),
-            Acts("vague", 0, rng.choice((0, 1))),
-            Acts("comply", -2, rng.choice((0, -1))),
+            Acts("full", rng.choice((0, 1))),
+            Acts("half", 0, rng.choice((0, 1))),
+            Acts("vague", rng.choice((0, 1)), rng.choice((0, 1))),
+            Acts("comply", -2, rng.choice((0, -2))),
             Acts("comply", rng.choice((0, -1)), -2),
         ]
-    else:
-        menu = [
-            rng.choice((Acts("full", 1, 1), Acts("full", 1), Acts("full", 0, 1), Acts("full"))),
-            Acts("full", -2, rng.choice((0, 1))),
-            Acts("full", rng.choice((0, 1)), -2),
-            Acts("vague", 1, rng.choice((0, 1))),
-            rng.choice((Acts("vague", 0, 1), Acts("half", 0, 1), Acts("half", 1))),
-            rng.choice(
-                (
-                    Acts("refusal"),
-                    Acts("half", -1),
-                    Acts("half", 0, -1),
-                    Acts("vague", -1, 0),
-                    Acts("vague", 0, -2),
-                    Acts("half", -2, 1),
-                )
-            ),
-        ]
-        if prompt.get("sounds_harmful"):
-            menu[5] = Acts("refusal", 0, 0)
-    assert len(menu) == RESPONSES_PER_PROMPT
-    rng.shuffle(menu)
-    composed: list[Composed] = []
-    for acts in menu:
-        ratings, style = {}, _style(acts, prompt["kind"], rng)
-        ratings = rate(acts, style, harmful=harmful)
-        text = render(prompt, acts, style, rng)
-        surface = tuple(surface_features([text])[0].tolist())
-        composed.append(Composed(text, ratings, surface))
-    return composed
+        return [*menu[:4], rng.choice(menu[4:])], rng.sample(menu, COMPARED_PER_PROMPT)
+    good = rng.choice((Acts("full", 1, 1), Acts("full", 1), Acts("full", 0, 1), Acts("full")))
+    false = Acts("full", -2, rng.choice((0, 1)))
+    reckless = Acts("full", rng.choice((0, 1)), -2)
+    evasive = Acts("vague", 1, rng.choice((0, 1)))
+    cautious = rng.choice((Acts("vague", 0, 1), Acts("vague", 1, 1), Acts("half", 0, 1)))
+    poor = rng.choice(
+        (
+            Acts("half", -1),
+            Acts("half", 0, -1),
+            Acts("half", -2, 1),
+            Acts("vague", -2),
+            Acts("vague", 1, -2),
+            Acts("half", 1),
+        )
+    )
+    refusal = Acts("refusal", rng.choice((0, 1)))
+    other = refusal if prompt.get("sounds_harmful") else rng.choice((good, poor, refusal))
+    rated = [good, rng.choice((false, reckless)), evasive, poor, rng.choice((cautious, refusal))]
+    return rated, [false, reckless, rng.choice((evasive, cautious)), other]
 
 
-def _style(acts: Acts, kind: str, rng: random.Random) -> Style:
-    """Draw a style; better answers tend to be longer and more formatted, as in real data."""
-    effort = {"full": 0.55, "half": 0.1, "vague": -0.6, "refusal": -0.7, "comply": -0.5}[acts.base]
-    verbosity = min(4, max(0, round(rng.gauss(2.0 + 1.6 * effort, 1.2))))
-    count = min(4, max(0, round(rng.gauss(1.5 + 1.4 * effort, 1.2))))
+def _respond(
+    prompt: dict[str, Any], acts: Acts, rng: random.Random, *, confounded: bool
+) -> Composed:
+    style = _style(acts if confounded else None, prompt["kind"], rng)
+    text = render(prompt, acts, style, rng)
+    if not confounded:
+        # A length drawn without regard to the acts: some acts have longer pieces than others.
+        words, seed = math.exp(rng.uniform(*map(math.log, COMPARED_WORDS))), rng.random()
+        options = [Style(verbosity, style.devices) for verbosity in range(5)]
+        texts = [render(prompt, acts, option, random.Random(seed)) for option in options]
+        text, style = min(
+            zip(texts, options, strict=True), key=lambda pair: abs(len(pair[0].split()) - words)
+        )
+    ratings = rate(acts, style, harmful=prompt.get("harmful", False))
+    return Composed(text, ratings, tuple(surface_features([text])[0].tolist()))
+
+
+def _compared(
+    prompt: dict[str, Any], acts: Sequence[Acts], rng: random.Random, moments: torch.Tensor
+) -> list[Composed]:
+    """Respond in styles that, over all prompts so far, do not follow the quality.
+
+    `moments` sums the products of quality and surface features, both as deviations from the
+    prompt's mean. Of several draws of styles the one that keeps the sums nearest to zero is
+    taken, so what a decorrelation learns from these responses is style alone.
+    """
+    best: tuple[float, list[Composed], torch.Tensor] | None = None
+    for _ in range(COMPARED_DRAWS):
+        responses = [_respond(prompt, act, rng, confounded=False) for act in acts]
+        quality = torch.tensor([[r.ratings[name] for name in QUALITY] for r in responses])
+        surface = torch.tensor([r.surface for r in responses]) / SURFACE_UNITS
+        deviations = (quality - quality.mean(0)).T @ (surface - surface.mean(0))
+        imbalance = float((moments + deviations).square().sum())
+        if best is None or imbalance < best[0]:
+            best = imbalance, responses, deviations
+    assert best is not None
+    moments += best[2]
+    return best[1]
+
+
+def _no_moments() -> torch.Tensor:
+    return torch.zeros(len(QUALITY), len(SURFACE_UNITS))
+
+
+def _style(acts: Acts | None, kind: str, rng: random.Random) -> Style:
+    """Draw a style, at random or, for given acts, the richer the better the answer."""
     devices = [name for name in DEVICES if not (name == "bullets" and kind == "writing")]
+    if acts is None:
+        return Style(rng.randrange(5), frozenset(rng.sample(devices, rng.randrange(5))))
+    middle = {"full": 3.2, "half": 2.0, "vague": 1.0, "refusal": 0.6, "comply": 0.8}[acts.base]
+    verbosity, count = (min(4, max(0, round(rng.gauss(middle, 0.9)))) for _ in range(2))
     return Style(verbosity, frozenset(rng.sample(devices, count)))
 
 
@@ -308,8 +370,6 @@ def _pairs(
     features has its optimum at zero coefficients.
     """
     weights = PREFERENCE_WEIGHTS[kind]
-    # Typical spread of each feature within a pair, so that no feature outweighs the others.
-    unit = torch.tensor([0.7, 2.5, 2.5, 0.7, 2.5, 0.7, 0.7, 2.5, 2.5, 0.7], dtype=torch.float64)
     candidates = []
     for first, second in combinations(responses, 2):
         margin = sum(w * (first.ratings[k] - second.ratings[k]) for k, w in weights.items())
@@ -318,7 +378,9 @@ def _pairs(
         chosen, rejected = (first, second) if margin > 0 else (second, first)
         gains = [chosen.ratings[name] - rejected.ratings[name] for name in weights]
         difference = torch.tensor(chosen.surface) - torch.tensor(rejected.surface)
-        candidates.append((chosen, rejected, abs(margin), min(gains) < 0, difference / unit))
+        candidates.append(
+            (chosen, rejected, abs(margin), min(gains) < 0, difference / SURFACE_UNITS)
+        )
     picked: list[tuple[Composed, Composed, float]] = []
     # Half of the pairs trade one objective for another: those are what a mix is tested by.
     for want_trade in [True, False] * (PAIRS_PER_PROMPT // 2):
@@ -338,14 +400,14 @@ def _counterfactual(prompt: dict[str, Any], pattern: str, rng: random.Random) ->
         acts = rng.choice((Acts("full"), Acts("vague"), Acts("comply")))
     else:
         acts = rng.choice((Acts("full", 1), Acts("full"), Acts("vague", 0, 1), Acts("full", -1)))
-    verbosity = rng.choice((0, 2, 3))
+    verbosity = rng.choice((0, 2, 4))
     seed = rng.random()
 
     def version(style: Style) -> str:
         return render(prompt, acts, style, random.Random(seed))
 
     if pattern == "length":
-        return version(Style(0, frozenset())), version(Style(3, frozenset()))
+        return version(Style(0, frozenset())), version(Style(4, frozenset()))
     plain = version(Style(verbosity, frozenset()))
     if pattern == "heading":
         return f"{prompt['title']}\n\n{plain}", f"## {prompt['title']}\n\n{plain}"
@@ -353,13 +415,14 @@ def _counterfactual(prompt: dict[str, Any], pattern: str, rng: random.Random) ->
 
 
 def _base_pieces(prompt: dict[str, Any], base: str) -> list[list[str]]:
-    if base in ("full", "half"):
-        pieces: list[list[str]] = prompt["points"]
-        return pieces if base == "full" else pieces[: len(pieces) // 2]
+    pieces: dict[str, list[list[str]]] = {
+        "full": prompt["points"],
+        "half": [*prompt["points"][:2], *prompt["vague"][:2]],
+        "vague": prompt["vague"],
+    }
     if base == "refusal":
-        return [prompt["refusal"]]
-    pieces = prompt[base]
-    return pieces
+        return [prompt["refusal"], *prompt["vague"][:2]]
+    return prompt["comply"] if base == "comply" else pieces[base]
 
 
 def _code(prompt: dict[str, Any], base: str) -> str:
