@@ -5,6 +5,7 @@ import importlib.resources
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,6 +125,39 @@ def load_lists(path: Paths) -> list[ResponseList]:
     return _load(path, parse, builtin_file="counterfactuals.jsonl.gz")
 
 
+@dataclass(frozen=True, slots=True)
+class ScorableRow:
+    """A prompt with the responses to score; `single` for a conversation, not a list of one."""
+
+    id: str
+    prompt: Prompt
+    responses: tuple[str, ...]
+    single: bool
+
+
+def load_scorable(path: Paths) -> list[ScorableRow]:
+    """Load rows to score: conversations (`messages`), pairs (`chosen`) or lists (`responses`).
+
+    Ratings are not needed, nor an id: the row's number stands in for it.
+
+    Args:
+        path: A file, a folder (all its files in name order), or a list of them.
+
+    Raises:
+        DataError: Naming file, row and field, at the first row that cannot be scored.
+    """
+    rows: list[ScorableRow] = []
+    for file in data_files(path, builtin_file="ratings.jsonl.gz"):
+        for place, raw in read_rows(file):
+            try:
+                rows.append(_scorable(raw, number=len(rows)))
+            except ValueError as error:
+                raise DataError(f"{place}: {error}") from None
+    if not rows:
+        raise DataError(f"{path}: no rows")
+    return rows
+
+
 def data_files(path: Paths, *, builtin_file: str) -> list[Path]:
     """Resolve `path` to the files to read, in order.
 
@@ -201,6 +235,26 @@ def _load(path: Paths, parse: Callable[[dict[str, Any]], RowT], *, builtin_file:
     if not rows:
         raise DataError(f"{path}: no rows")
     return rows
+
+
+def _scorable(row: dict[str, Any], *, number: int) -> ScorableRow:
+    id = str(row.get("id", number))
+    if "messages" in row:
+        messages = _messages(row, "messages")
+        if not messages or messages[-1].role != "assistant":
+            raise ValueError("the last of `messages` must be the assistant's answer")
+        Conversation(messages[:-1], messages[-1].content)
+        return ScorableRow(id, messages[:-1], (messages[-1].content,), single=True)
+    if "chosen" in row:
+        responses = (_field(row, "chosen", str), _field(row, "rejected", str))
+    elif "responses" in row:
+        responses = tuple(_field(row, "responses", list))
+    else:
+        raise ValueError("needs `messages`, `chosen` and `rejected`, or `responses`")
+    prompt = _messages(row, "prompt")
+    for response in responses:
+        Conversation(prompt, response)
+    return ScorableRow(id, prompt, responses, single=False)
 
 
 def _field(row: Mapping[str, Any], name: str, kind: type[Any]) -> Any:

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from armo.artifacts import read_json, read_tensors, write_json, write_tensors
-from armo.fit.heads import ObjectiveHeads
+from armo.fit.heads import FittedHeads, ObjectiveHeads
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,54 @@ class DecorrelationSummary:
     before: dict[str, float]
     after: dict[str, float]
     kept: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FittedTransforms:
+    """The reward transform, and one for the heads of each fold of the cross-validation.
+
+    Attributes:
+        transform: For the heads fitted on all training rows.
+        without_fold: For each fold, the transform of the heads fitted without it.
+        summaries: What decorrelation did, per objective that is not a bias objective.
+    """
+
+    transform: RewardTransform
+    without_fold: tuple[RewardTransform, ...]
+    summaries: tuple[DecorrelationSummary, ...]
+
+
+def fit_transforms(
+    heads: FittedHeads,
+    embeddings: Float[Tensor, "batch dim"],
+    *,
+    covariates: Float[Tensor, "batch covariates"],
+    groups: Int[Tensor, " batch"],
+    bias_indices: Sequence[int],
+    methods: Sequence[Method] = METHODS,
+    scope: Scope = "within_prompt",
+    tolerance: float = 0.005,
+) -> FittedTransforms:
+    """Fit the reward transform of the heads, and of the heads of each fold.
+
+    The arguments are those of `fit_reward_transform`.
+    """
+    fitted = []
+    for each in (heads.heads, *heads.without_fold):
+        fitted.append(
+            fit_reward_transform(
+                each,
+                embeddings,
+                covariates,
+                groups,
+                bias_indices=bias_indices,
+                methods=methods,
+                scope=scope,
+                tolerance=tolerance,
+            )
+        )
+    (transform, summaries), *rest = fitted
+    return FittedTransforms(transform, tuple(t for t, _ in rest), tuple(summaries))
 
 
 def fit_reward_transform(
@@ -282,39 +330,42 @@ def spearman(first: Float[Tensor, " batch"], second: Float[Tensor, " batch"]) ->
 
 
 def save_transforms(
-    folder: Path,
-    *,
-    decorrelated: RewardTransform,
-    undecorrelated: RewardTransform,
-    summaries: Sequence[DecorrelationSummary],
+    folder: Path, *, decorrelated: FittedTransforms, undecorrelated: FittedTransforms
 ) -> None:
     """Write both transforms, the second being what the first is compared with."""
-    for name, transform in (("transform", decorrelated), ("undecorrelated", undecorrelated)):
+    for name, fitted in (("decorrelated", decorrelated), ("undecorrelated", undecorrelated)):
         write_tensors(
             folder / f"{name}.safetensors",
-            {"matrix": transform.matrix, "offset": transform.offset},
+            {
+                "matrix": fitted.transform.matrix,
+                "offset": fitted.transform.offset,
+                "fold_matrix": torch.stack([t.matrix for t in fitted.without_fold]),
+                "fold_offset": torch.stack([t.offset for t in fitted.without_fold]),
+            },
         )
-    write_json(
-        folder / "decorrelation.json",
-        {
-            "objectives": list(decorrelated.objectives),
-            "summaries": [asdict(summary) for summary in summaries],
-        },
-    )
+        write_json(
+            folder / f"{name}.json",
+            {
+                "objectives": list(fitted.transform.objectives),
+                "summaries": [asdict(summary) for summary in fitted.summaries],
+            },
+        )
 
 
-def load_transform(folder: Path, *, decorrelated: bool = True) -> RewardTransform:
+def load_transforms(folder: Path, *, decorrelated: bool = True) -> FittedTransforms:
     """Read one of the transforms that `save_transforms` wrote."""
-    name = "transform" if decorrelated else "undecorrelated"
+    name = "decorrelated" if decorrelated else "undecorrelated"
     tensors = read_tensors(folder / f"{name}.safetensors")
-    names = tuple(read_json(folder / "decorrelation.json")["objectives"])
-    return RewardTransform(names, tensors["matrix"], tensors["offset"])
-
-
-def load_summaries(folder: Path) -> list[DecorrelationSummary]:
-    """Read the summaries that `save_transforms` wrote."""
-    entries = read_json(folder / "decorrelation.json")["summaries"]
-    return [DecorrelationSummary(**entry) for entry in entries]
+    described = read_json(folder / f"{name}.json")
+    names = tuple(described["objectives"])
+    return FittedTransforms(
+        RewardTransform(names, tensors["matrix"], tensors["offset"]),
+        tuple(
+            RewardTransform(names, matrix, offset)
+            for matrix, offset in zip(tensors["fold_matrix"], tensors["fold_offset"], strict=True)
+        ),
+        tuple(DecorrelationSummary(**entry) for entry in described["summaries"]),
+    )
 
 
 def _root(

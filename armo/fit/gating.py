@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -77,6 +78,19 @@ class GatingNetwork(nn.Module):
         mixed = torch.softmax(logits, dim=-1)
         weights = mixed.new_zeros(*mixed.shape[:-1], self.objectives)
         return weights.index_copy(-1, self.mixed, mixed)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON: with the tensors, all there is to save."""
+        return {
+            "dim": len(self.mean),
+            "objectives": self.objectives,
+            "mixed": self.mixed.tolist(),
+            "hidden_dim": self.output.in_features if len(self.hidden) else 1,
+            "hidden_layers": len(self.hidden),
+            "dropout": self.dropout.p,
+            "temperature": self.temperature,
+        }
 
     @torch.no_grad()
     def start_from(

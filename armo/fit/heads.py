@@ -50,20 +50,58 @@ class ObjectiveHeads:
         """Predict ratings, in float64."""
         return embeddings.double() @ self.weights.T + self.intercepts
 
-    def save(self, folder: Path, summaries: Sequence[HeadSummary]) -> None:
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FittedHeads:
+    """The heads, and those of the cross-validation.
+
+    A head has seen the ratings of its training responses, so its rewards there are better than
+    elsewhere. Whoever fits something else on the same prompts (the gate) needs rewards as they
+    will be on new prompts: those of the heads fitted without the prompt's own fold.
+
+    Attributes:
+        heads: Fitted on all training rows.
+        without_fold: For each fold, the heads fitted on the other folds.
+        fold_of_group: Fold of each prompt group; -1 for groups that were not trained on.
+        summaries: How each head was fitted.
+    """
+
+    heads: ObjectiveHeads
+    without_fold: tuple[ObjectiveHeads, ...]
+    fold_of_group: Int[Tensor, " groups"]
+    summaries: tuple[HeadSummary, ...]
+
+    def save(self, folder: Path) -> None:
         """Write `heads.safetensors` and `heads.json`."""
         write_tensors(
-            folder / "heads.safetensors", {"weights": self.weights, "intercepts": self.intercepts}
+            folder / "heads.safetensors",
+            {
+                "weights": self.heads.weights,
+                "intercepts": self.heads.intercepts,
+                "fold_weights": torch.stack([fold.weights for fold in self.without_fold]),
+                "fold_intercepts": torch.stack([fold.intercepts for fold in self.without_fold]),
+                "fold_of_group": self.fold_of_group,
+            },
         )
-        write_json(folder / "heads.json", [asdict(summary) for summary in summaries])
+        write_json(folder / "heads.json", [asdict(summary) for summary in self.summaries])
 
     @classmethod
-    def load(cls, folder: Path) -> "tuple[ObjectiveHeads, list[HeadSummary]]":
+    def load(cls, folder: Path) -> "FittedHeads":
         """Read what `save` wrote."""
-        summaries = [HeadSummary(**entry) for entry in read_json(folder / "heads.json")]
-        tensors = read_tensors(folder / "heads.safetensors")
+        summaries = tuple(HeadSummary(**entry) for entry in read_json(folder / "heads.json"))
         names = tuple(summary.objective for summary in summaries)
-        return cls(names, tensors["weights"], tensors["intercepts"]), summaries
+        tensors = read_tensors(folder / "heads.safetensors")
+        return cls(
+            ObjectiveHeads(names, tensors["weights"], tensors["intercepts"]),
+            tuple(
+                ObjectiveHeads(names, weights, intercepts)
+                for weights, intercepts in zip(
+                    tensors["fold_weights"], tensors["fold_intercepts"], strict=True
+                )
+            ),
+            tensors["fold_of_group"],
+            summaries,
+        )
 
 
 def fit_heads(
@@ -73,14 +111,15 @@ def fit_heads(
     groups: Int[Tensor, " ratings"],
     *,
     objectives: Sequence[str],
-    alphas: Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0),
+    group_count: int,
+    other_groups: Int[Tensor, " others"] | None = None,
     folds: int = 5,
-) -> tuple[ObjectiveHeads, list[HeadSummary]]:
+    alphas: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
+) -> FittedHeads:
     """Fit one ridge regression with intercept per objective, on the rows that rate it.
 
-    The penalty of each objective is chosen by cross-validation over groups of rows that share a
-    prompt; the final fit uses all rows. Objectives rated by the same rows share the statistics
-    and the factorisation.
+    The penalty of each objective is chosen by cross-validation over prompts; the final fit uses
+    all rows. Objectives rated by the same rows share the statistics and the factorisation.
 
     Args:
         store: Response embeddings; read shard by shard.
@@ -88,27 +127,33 @@ def fit_heads(
         ratings: Ratings in [0, 1]; NaN where a row does not rate an objective.
         groups: Prompt group of each rated response.
         objectives: Names of the columns of `ratings`.
-        alphas: Penalties to choose from, in units of squared embedding length.
+        group_count: Number of prompt groups in all.
+        other_groups: Groups of further training rows, without ratings, that will need rewards
+            from heads fitted without them: dealt out to folds as well.
         folds: Parts of the cross-validation.
-
-    Returns:
-        The heads and a summary per objective, in column order.
+        alphas: Penalties to choose from, in units of squared embedding length.
 
     Raises:
-        ValueError: If an objective has no rating, or all its rows share one prompt.
+        ValueError: If an objective has no rating, or all its prompts are in one fold.
     """
     rated = ~ratings.isnan()
-    empty = [name for name, any_ in zip(objectives, rated.any(0).tolist(), strict=True) if not any_]
-    if empty:
-        raise ValueError(f"Objectives without any rating: {', '.join(empty)}. Drop them.")
-    weights = torch.zeros(len(objectives), store.dim, dtype=torch.float64)
-    intercepts = torch.zeros(len(objectives), dtype=torch.float64)
+    count = len(objectives)
+    every = groups if other_groups is None else torch.cat([groups, other_groups])
+    fold_of_group = deal_folds(every, folds=folds, group_count=group_count)
+    weights = torch.zeros(folds + 1, count, store.dim, dtype=torch.float64)
+    intercepts = torch.zeros(folds + 1, count, dtype=torch.float64)
     summaries: dict[int, HeadSummary] = {}
     patterns, pattern_of = rated.T.unique(dim=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
         columns = (pattern_of == number).nonzero()[:, 0]
         here = pattern.nonzero()[:, 0]
-        parts = fold_numbers(groups[here], folds=folds)
+        names = ", ".join(objectives[column] for column in columns.tolist())
+        parts = fold_of_group[groups[here]]
+        if len(parts.unique()) < 2:
+            raise ValueError(
+                f"{names}: {len(here)} ratings, all on prompts of one fold; nothing to choose "
+                f"the penalty on. Add data or drop the objective."
+            )
         statistics = [RidgeStatistics.zero(store.dim, len(columns)) for _ in range(folds)]
         for positions, embeddings in store.batches(rows[here]):
             for fold in range(folds):
@@ -120,9 +165,11 @@ def fit_heads(
         tried = sorted({choice.alpha for choice in choices})
         solutions = dict(zip(tried, solve_ridge(total, alphas=tried), strict=True))
         for position, (column, choice) in enumerate(zip(columns.tolist(), choices, strict=True)):
-            solution = solutions[choice.alpha]
-            weights[column] = solution.weights[position]
-            intercepts[column] = solution.intercepts[position]
+            weights[folds, column] = solutions[choice.alpha].weights[position]
+            intercepts[folds, column] = solutions[choice.alpha].intercepts[position]
+            for fold, (fold_weights, fold_intercept) in enumerate(choice.without):
+                weights[fold, column] = fold_weights
+                intercepts[fold, column] = fold_intercept
             error = float(choice.error.min())
             summaries[column] = HeadSummary(
                 objectives[column],
@@ -137,25 +184,38 @@ def fit_heads(
                     objectives[column],
                     choice.alpha,
                 )
-    heads = ObjectiveHeads(tuple(objectives), weights, intercepts)
-    return heads, [summaries[column] for column in range(len(objectives))]
+    fitted = [
+        ObjectiveHeads(tuple(objectives), w, b) for w, b in zip(weights, intercepts, strict=True)
+    ]
+    ordered = tuple(summaries[column] for column in range(count))
+    return FittedHeads(fitted[folds], tuple(fitted[:folds]), fold_of_group, ordered)
 
 
-def fold_numbers(groups: Int[Tensor, " rows"], *, folds: int) -> Int[Tensor, " rows"]:
-    """Deal groups out to folds of nearly equal row counts; a group stays whole.
+def deal_folds(
+    groups: Int[Tensor, " rows"], *, folds: int, group_count: int
+) -> Int[Tensor, " groups"]:
+    """Deal prompt groups out to folds of nearly equal row counts; a group stays whole.
 
     Large groups are dealt first, each to the fold that holds the fewest rows.
 
+    Args:
+        groups: Prompt group of each row.
+        folds: Number of folds.
+        group_count: Number of groups in all.
+
+    Returns:
+        Fold of each group; -1 for groups without a row.
+
     Raises:
-        ValueError: If there are fewer groups than two.
+        ValueError: If there are fewer groups than folds.
     """
-    names, inverse, counts = groups.unique(return_inverse=True, return_counts=True)
-    if len(names) < 2:
-        raise ValueError("All rows share one prompt: nothing to hold out.")
-    fold_of = torch.zeros(len(names), dtype=torch.int64)
+    names, counts = groups.unique(return_counts=True)
+    if len(names) < folds:
+        raise ValueError(f"{len(names)} distinct prompts cannot fill {folds} folds.")
+    fold_of_group = torch.full((group_count,), -1, dtype=torch.int64)
     sizes = [0] * folds
-    for group in counts.argsort(descending=True, stable=True).tolist():
+    for position in counts.argsort(descending=True, stable=True).tolist():
         fold = sizes.index(min(sizes))
-        fold_of[group] = fold
-        sizes[fold] += int(counts[group])
-    return fold_of[inverse]
+        fold_of_group[names[position]] = fold
+        sizes[fold] += int(counts[position])
+    return fold_of_group

@@ -136,11 +136,14 @@ class RidgeChoice:
 
     Attributes:
         alpha: Penalty with the least cross-validated error.
+        without: For each part, the weights and intercept fitted on all the others, with this
+            penalty: what to predict the part's own rows with.
         error: Cross-validated mean squared error of each penalty.
         baseline: Cross-validated mean squared error of predicting the mean.
     """
 
     alpha: float
+    without: tuple[tuple[Float[Tensor, " dim"], float], ...]
     error: Float[Tensor, " alphas"]
     baseline: float
 
@@ -159,22 +162,23 @@ def select_alpha(folds: Sequence[RidgeStatistics], *, alphas: Sequence[float]) -
     Raises:
         ValueError: If fewer than two parts hold rows.
     """
-    filled = [fold for fold in folds if fold.count > 0]
-    if len(filled) < 2:
+    if sum(fold.count > 0 for fold in folds) < 2:
         raise ValueError("`folds` needs rows in at least two parts.")
-    total = sum(filled[1:], start=filled[0])
+    total = sum(folds[1:], start=folds[0])
     objectives = len(total.sum_y)
     error = torch.zeros(len(alphas), objectives, dtype=torch.float64)
     baseline = torch.zeros(objectives, dtype=torch.float64)
-    for fold in filled:
+    solutions = []
+    for fold in folds:
         rest = total - fold
-        for k, solution in enumerate(solve_ridge(rest, alphas=alphas)):
+        solutions.append(solve_ridge(rest, alphas=alphas))
+        for k, solution in enumerate(solutions[-1]):
             error[k] += squared_error(solution, fold)
         mean = RidgeSolution(torch.zeros_like(total.xy.T), rest.sum_y / rest.count)
         baseline += squared_error(mean, fold)
     error, baseline = error / total.count, baseline / total.count
-    best = error.argmin(dim=0)
-    return [
-        RidgeChoice(float(alphas[int(best[k])]), error[:, k], float(baseline[k]))
-        for k in range(objectives)
-    ]
+    choices = []
+    for k, best in enumerate(error.argmin(dim=0).tolist()):
+        without = tuple((fit[best].weights[k], float(fit[best].intercepts[k])) for fit in solutions)
+        choices.append(RidgeChoice(float(alphas[best]), without, error[:, k], float(baseline[k])))
+    return choices

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset as Pairs
 
 from armo.artifacts import read_json, read_tensors, write_json, write_tensors
 from armo.fit.gating import GatingNetwork
-from armo.fit.heads import fold_numbers
+from armo.fit.heads import deal_folds
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,8 @@ def fit_gating(
 
     Args:
         prompts: Prompt embedding of each pair.
-        differences: Adjusted rewards, chosen minus rejected.
+        differences: Adjusted rewards, chosen minus rejected, from heads that were fitted
+            without the ratings of the pair's prompt.
         groups: Prompt group of each pair; a group is never on both sides.
         objectives: Names of the columns of `differences`.
         mixed: Columns that may get weight.
@@ -263,12 +264,13 @@ def fit_gating(
         The gate, in evaluation mode, and how it was trained.
 
     Raises:
-        ValueError: If the pairs have fewer than two distinct prompts.
+        ValueError: If there are too few distinct prompts to hold some out.
     """
     L.seed_everything(seed, verbose=False)
     parts = max(2, round(1.0 / held_out))
     shuffled = _shuffle_groups(groups, seed=seed)
-    aside = fold_numbers(shuffled, folds=parts) == 0
+    folds = deal_folds(shuffled, folds=parts, group_count=int(shuffled.max()) + 1)
+    aside = folds[shuffled] == 0
     prompts, values = prompts.float(), differences.float()
     weights, beta = fit_constant_mix(differences[~aside], mixed=mixed)
     gate = GatingNetwork(
@@ -332,16 +334,7 @@ def fit_gating(
 def save_gating(folder: Path, name: str, gate: GatingNetwork, summary: GatingSummary) -> None:
     """Write a gate's tensors with its shape, and how it was trained."""
     write_tensors(folder / f"{name}.safetensors", gate.state_dict())
-    shape = {
-        "dim": len(gate.mean),
-        "objectives": gate.objectives,
-        "mixed": gate.mixed.tolist(),
-        "hidden_dim": gate.hidden[0].out_features if len(gate.hidden) else 1,
-        "hidden_layers": len(gate.hidden),
-        "dropout": gate.dropout.p,
-        "temperature": gate.temperature,
-    }
-    write_json(folder / f"{name}.json", {"gate": shape, "summary": asdict(summary)})
+    write_json(folder / f"{name}.json", {"gate": gate.shape, "summary": asdict(summary)})
 
 
 def load_gating(folder: Path, name: str) -> tuple[GatingNetwork, GatingSummary]:

@@ -1,14 +1,16 @@
 """The scoring model: conversations in, scores with their reasons out."""
 
+import copy
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -94,7 +96,6 @@ class ArmoRewardModel(nn.Module):
         heads: ObjectiveHeads,
         transform: RewardTransform,
         gate: GatingNetwork,
-        gate_shape: dict[str, Any],
         beta: float,
     ) -> None:
         """Join the fitted parts.
@@ -115,8 +116,8 @@ class ArmoRewardModel(nn.Module):
             )
         self.objectives = objectives
         self.backbone = backbone
-        self.gate = gate.eval().requires_grad_(False).double()
-        self.gate_shape = gate_shape
+        self.folder: Path | None = None
+        self.gate = copy.deepcopy(gate).eval().requires_grad_(False).double()
         for name, tensor in {
             "head_weights": heads.weights,
             "head_intercepts": heads.intercepts,
@@ -153,10 +154,8 @@ class ArmoRewardModel(nn.Module):
             BackboneError: If the backbone is not found or has another digest.
         """
         folder = Path(path).expanduser()
-        if not folder.is_dir() and _is_hub_id(str(path)):
-            folder = Path(
-                snapshot_download(str(path), revision=revision, allow_patterns=["*.json", WEIGHTS])
-            )
+        if not folder.is_dir():
+            folder = _download(str(path), revision=revision)
         config = ModelConfig.load(folder)
         gate = GatingNetwork(**config.gate)
         count, dim = len(config.objectives.names), gate.mean.shape[0]
@@ -173,7 +172,7 @@ class ArmoRewardModel(nn.Module):
             {name[5:]: t for name, t in tensors.items() if name.startswith("gate.")}, strict=True
         )
         names = config.objectives.names
-        return cls(
+        model = cls(
             objectives=config.objectives,
             backbone=load_backbone(config.backbone, device=device, batch_tokens=batch_tokens),
             heads=ObjectiveHeads(names, tensors["head_weights"], tensors["head_intercepts"]),
@@ -181,9 +180,10 @@ class ArmoRewardModel(nn.Module):
                 names, tensors["adjusted_weights"], tensors["adjusted_offset"]
             ),
             gate=gate,
-            gate_shape=config.gate,
             beta=float(tensors["beta"]),
         )
+        model.folder = folder
+        return model
 
     def score(
         self,
@@ -295,7 +295,7 @@ class ArmoRewardModel(nn.Module):
             card: Text of the model card.
         """
         folder = Path(path)
-        config = ModelConfig(self.objectives, self.backbone.spec, self.gate_shape)
+        config = ModelConfig(self.objectives, self.backbone.spec, self.gate.shape)
         write_json(folder / CONFIG, config.to_dict())
         write_tensors(folder / WEIGHTS, self.state_dict())
         conversations = [
@@ -318,11 +318,8 @@ class ArmoRewardModel(nn.Module):
         if card is not None:
             write_text(folder / CARD, card)
 
-    def verify(self, path: str | Path) -> float:
-        """Score the golden conversations of a model folder again.
-
-        Args:
-            path: The folder that this model was loaded from.
+    def verify(self) -> float:
+        """Score the golden conversations of the folder this model was loaded from again.
 
         Returns:
             The largest absolute deviation of any score, reward or gating weight.
@@ -330,9 +327,11 @@ class ArmoRewardModel(nn.Module):
         Raises:
             ArtifactError: If there are none, or the deviation is above `GOLDEN_TOLERANCE`.
         """
-        golden = read_json(Path(path) / GOLDEN)
+        if self.folder is None:
+            raise ArtifactError("This model was not loaded from a folder; save and load it first.")
+        golden = read_json(self.folder / GOLDEN)
         if not golden["conversations"]:
-            raise ArtifactError(f"{Path(path) / GOLDEN}: no golden conversations to verify with")
+            raise ArtifactError(f"{self.folder / GOLDEN}: no golden conversations to verify with")
         out = self.score(golden["conversations"])
         deviation = max(
             float(
@@ -343,8 +342,9 @@ class ArmoRewardModel(nn.Module):
         tolerance = GOLDEN_TOLERANCE[self.backbone.spec.dtype]
         if deviation > tolerance:
             raise ArtifactError(
-                f"{path}: golden outputs deviate by {deviation:.2g}, more than {tolerance:g}: the "
-                f"backbone, a library or a file is not what the model was made with"
+                f"{self.folder}: golden outputs deviate by {deviation:.2g}, more than "
+                f"{tolerance:g}: the backbone, a library or a file is not what the model was made "
+                f"with"
             )
         return deviation
 
@@ -394,6 +394,14 @@ def _parse_prompt(prompt: Messages | str) -> Prompt:
     return parse_messages(prompt)
 
 
-def _is_hub_id(path: str) -> bool:
-    parts = path.split("/")
-    return len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts)
+def _download(id: str, *, revision: str | None) -> Path:
+    """Fetch a model folder from the hub, or say plainly that there is none."""
+    try:
+        return Path(
+            snapshot_download(id, revision=revision, allow_patterns=["*.json", WEIGHTS, CARD])
+        )
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise ArtifactError(
+            f"No model folder at {id}, and the hub could not give a model of that name "
+            f"({type(error).__name__})"
+        ) from None

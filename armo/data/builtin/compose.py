@@ -48,7 +48,18 @@ PREFERENCE_WEIGHTS = {
 
 QUALITY = ("helpfulness", "honesty", "safety")
 DEVICES = ("heading", "bullets", "bold", "links", "emoji", "exclamation")
-PATTERNS = ("length", *DEVICES)
+# Counterfactual pairs take turns over these; length, the commonest bias, has every third turn.
+PATTERNS = (
+    "length",
+    "heading",
+    "bullets",
+    "length",
+    "bold",
+    "links",
+    "length",
+    "emoji",
+    "exclamation",
+)
 
 # Sentences without content, [short, long], that bring every response to the same number of
 # pieces: how much a response says must not follow from how good it is.
@@ -174,6 +185,15 @@ def compose() -> dict[str, list[dict[str, Any]]]:
                 }
             )
         responses = _compared(prompt, compared, rng, moments.setdefault(side, _no_moments()))
+        for k, response in enumerate(responses):
+            ratings.append(
+                {
+                    "id": f"{prompt['id']}-s{k}",
+                    **common,
+                    "messages": [*messages, {"role": "assistant", "content": response.text}],
+                    "ratings": {n: response.ratings[n] for n in ("honesty", "safety")},
+                }
+            )
         key = (prompt["kind"], side)
         imbalance.setdefault(key, torch.zeros(len(SURFACE_UNITS)))
         for k, (chosen, rejected, margin) in enumerate(
@@ -355,8 +375,8 @@ def _style(acts: Acts | None, kind: str, rng: random.Random) -> Style:
     devices = [name for name in DEVICES if not (name == "bullets" and kind == "writing")]
     if acts is None:
         return Style(rng.randrange(5), frozenset(rng.sample(devices, rng.randrange(5))))
-    middle = {"full": 3.2, "half": 2.0, "vague": 1.0, "refusal": 0.6, "comply": 0.8}[acts.base]
-    verbosity, count = (min(4, max(0, round(rng.gauss(middle, 0.9)))) for _ in range(2))
+    middle = {"full": 3.4, "half": 2.0, "vague": 0.6, "refusal": 0.6, "comply": 0.6}[acts.base]
+    verbosity, count = (min(4, max(0, round(rng.gauss(middle, 0.7)))) for _ in range(2))
     return Style(verbosity, frozenset(rng.sample(devices, count)))
 
 
@@ -433,12 +453,11 @@ def _code(prompt: dict[str, Any], base: str) -> str:
 
 
 def _mark(pieces: Sequence[str], devices: frozenset[str]) -> list[str]:
-    """Set the key phrases bold, or link them, or leave them as they are; both alternate."""
-    both = {"bold", "links"} <= devices
+    """Set the key phrases bold, and link the first one of each block, as devices say."""
     marked = []
     for k, piece in enumerate(pieces):
-        if "links" in devices and not (both and k % 2):
-            piece = MARK.sub(lambda m: f"[{m[1]}](https://example.org/{_slug(m[1])})", piece)
+        if "links" in devices and k == 0:
+            piece = MARK.sub(r"[\1](https://example.org)", piece)
         elif "bold" in devices:
             piece = MARK.sub(r"**\1**", piece)
         marked.append(MARK.sub(r"\1", piece))
@@ -447,10 +466,6 @@ def _mark(pieces: Sequence[str], devices: frozenset[str]) -> list[str]:
 
 def _exclaim(pieces: Sequence[str]) -> list[str]:
     return [piece[:-1] + "!" if piece.endswith(".") else piece for piece in pieces]
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _leave_some_missing(ratings: dict[str, float], rng: random.Random) -> dict[str, float]:

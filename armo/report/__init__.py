@@ -1,0 +1,1 @@
+"""A scoring model becomes an evaluation: metrics, rivals, style, pages."""

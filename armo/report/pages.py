@@ -1,0 +1,170 @@
+"""An evaluation as terminal tables, Markdown, JSON and one self-contained HTML page."""
+
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from armo.artifacts import write_json, write_text
+from armo.report.evaluate import Evaluation, Table
+
+# Colours that most colour-blind readers tell apart.
+BEFORE, AFTER = "#b0b7c3", "#1f6f8b"
+PALETTE = ("#1f6f8b", "#e07a5f", "#3d405b", "#81b29a", "#f2cc8f", "#6d597a", "#b56576", "#457b9d")
+
+
+def cell(value: Any) -> str:
+    """Format one value of a table."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0.0 < abs(value) < 5e-4 else f"{value:.3f}"
+    return str(value)
+
+
+def print_tables(tables: Sequence[Table], console: Console) -> None:
+    """Print tables with aligned columns."""
+    for table in tables:
+        shown = RichTable(title=table.title, caption=table.note or None, title_justify="left")
+        for name, sample in zip(table.columns, table.rows[0], strict=True):
+            shown.add_column(name, justify="left" if isinstance(sample, str) else "right")
+        for row in table.rows:
+            shown.add_row(*(cell(value) for value in row))
+        console.print(shown)
+
+
+def save_pages(evaluation: Evaluation, folder: Path, *, title: str) -> None:
+    """Write `report.json`, `report.md` and `report.html`."""
+    write_json(
+        folder / "report.json",
+        {
+            table.name: [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+            for table in evaluation.tables
+        },
+    )
+    write_text(folder / "report.md", to_markdown(evaluation.tables, title=title))
+    write_text(folder / "report.html", to_html(evaluation, title=title))
+
+
+def to_markdown(tables: Sequence[Table], *, title: str) -> str:
+    """Render tables as Markdown."""
+    parts = [f"# {title}"]
+    for table in tables:
+        lines = [
+            "| " + " | ".join(table.columns) + " |",
+            "| " + " | ".join("---" for _ in table.columns) + " |",
+            *("| " + " | ".join(cell(value) for value in row) + " |" for row in table.rows),
+        ]
+        parts += [f"## {table.title}", "\n".join(lines)]
+        if table.note:
+            parts.append(table.note)
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(evaluation: Evaluation, *, title: str) -> str:
+    """Render an evaluation as one page, plots inside, nothing loaded from elsewhere."""
+    plots = {
+        "rivals": _plot_rivals,
+        "kinds": _plot_kinds,
+        "style": _plot_style,
+        "counterfactuals": _plot_counterfactuals,
+    }
+    body = []
+    for table in evaluation.tables:
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>"
+            for row in table.rows
+        )
+        plot = _svg(plots[table.name](table)) if table.name in plots else ""
+        body.append(
+            f"<section><h2>{html.escape(table.title)}</h2>{plot}"
+            f"<p>{html.escape(table.note)}</p><details{'' if plot else ' open'}>"
+            f"<summary>Table</summary><table><tr>{head}</tr>{rows}</table></details></section>"
+        )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;"
+        "padding:0 1rem;color:#222}table{border-collapse:collapse;font-size:14px}"
+        "td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
+        "td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}</style>"
+        f"<h1>{html.escape(title)}</h1>{''.join(body)}</html>\n"
+    )
+
+
+def _plot_rivals(table: Table) -> Figure:
+    figure = Figure(figsize=(8, 0.45 * len(table.rows) + 1), layout="constrained")
+    axes = figure.subplots()
+    names, means = table.column("score")[::-1], table.column("accuracy")[::-1]
+    low, high = table.column("low")[::-1], table.column("high")[::-1]
+    errors = [
+        [mean - edge for mean, edge in zip(means, low, strict=True)],
+        [edge - mean for mean, edge in zip(means, high, strict=True)],
+    ]
+    colours = [AFTER if name == "gated score" else BEFORE for name in names]
+    axes.barh(names, means, xerr=errors, color=colours, capsize=3)
+    axes.axvline(0.5, color="#555", linestyle=":", linewidth=1)
+    axes.set_xlim(0.0, 1.0)
+    axes.set_xlabel("accuracy on test pairs")
+    return figure
+
+
+def _plot_kinds(table: Table) -> Figure:
+    kinds, names = table.column("kind"), table.columns[6:]
+    figure = Figure(figsize=(8, 0.45 * len(kinds) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(kinds)
+    for name, colour in zip(names, PALETTE, strict=False):
+        weights = table.column(name)
+        axes.barh(kinds, weights, left=left, label=name, color=colour)
+        left = [a + b for a, b in zip(left, weights, strict=True)]
+    axes.set_xlim(0.0, 1.0)
+    axes.set_xlabel("mean gating weight")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def _plot_style(table: Table) -> Figure:
+    rows = [row for row in table.rows if row[0] == "score"]
+    names = [row[1] for row in rows]
+    figure = Figure(figsize=(8, 0.45 * len(names) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    positions = range(len(names))
+    axes.barh(
+        [p + 0.2 for p in positions], [r[2] for r in rows], 0.38, color=BEFORE, label="before"
+    )
+    axes.barh([p - 0.2 for p in positions], [r[3] for r in rows], 0.38, color=AFTER, label="after")
+    axes.set_yticks(list(positions), names)
+    axes.axvline(0.0, color="#555", linewidth=1)
+    axes.set_xlabel("Spearman correlation of the score, within prompts")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def _plot_counterfactuals(table: Table) -> Figure:
+    names = table.column("pattern")
+    figure = Figure(figsize=(8, 0.45 * len(names) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    positions = range(len(names))
+    for column, offset, colour in (("before", 0.2, BEFORE), ("after", -0.2, AFTER)):
+        values = table.column(f"moved, {column}")
+        axes.barh([p + offset for p in positions], values, 0.38, color=colour, label=column)
+    axes.set_yticks(list(positions), names)
+    axes.set_xlabel("mean absolute change of the score, in standard deviations")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    # A fixed salt and no date: the same results give the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "armo"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,447 @@
+"""The stages of `armo train`: each reads saved artifacts and writes its own folder, once.
+
+A stage has a key: a digest of its settings, its inputs and this package's version. A finished
+folder with the same key is left as it is; otherwise the stage runs.
+"""
+
+import importlib.metadata
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from torch import Tensor
+
+from armo.artifacts import digest_file, digest_json, finish_artifact, is_current, require_artifact
+from armo.data.checks import check_objectives, split_groups
+from armo.data.conversation import PreferencePair, RatedResponse, ResponseList, prompt_group
+from armo.data.objectives import ObjectiveSet
+from armo.data.sources import Paths, data_files
+from armo.embed.backbone import Backbone, find_weights, weights_digest
+from armo.embed.extract import EmbeddedData, embed_rows
+from armo.fit.decorrelation import (
+    DecorrelationSummary,
+    FittedTransforms,
+    load_transforms,
+    save_transforms,
+)
+from armo.fit.gating import GatingNetwork
+from armo.fit.heads import FittedHeads, HeadSummary
+from armo.fit.training import GatingSummary, load_gating, save_gating
+from armo.model.reward_model import ArmoRewardModel
+from armo.report.evaluate import Mix, Table, evaluate
+from armo.report.pages import print_tables, save_pages, to_markdown
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("embed", "heads", "decorrelation", "gating", "model", "report")
+FOLDERS = {"embed": "embeddings"} | {name: name for name in STAGES if name != "embed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Where a run writes, and how it talks.
+
+    Attributes:
+        folder: The run's folder; each stage has one in it.
+        console: For tables and headings.
+        seed: Of everything random.
+    """
+
+    folder: Path
+    console: Console
+    seed: int
+
+    def stage_folder(self, stage: str) -> Path:
+        """Return the folder of a stage."""
+        return self.folder / FOLDERS[stage]
+
+    def key_of(self, stage: str) -> str:
+        """Return the key of a finished stage.
+
+        Raises:
+            ArtifactError: If it is not finished, or was changed afterwards.
+        """
+        key: str = require_artifact(self.stage_folder(stage), stage=stage)["key"]
+        return key
+
+    def do(
+        self,
+        stage: str,
+        *,
+        settings: Any,
+        inputs: Mapping[str, str],
+        work: Callable[[Path], None],
+        fresh: bool = True,
+    ) -> None:
+        """Run a stage unless its finished folder has the same key.
+
+        Args:
+            stage: Name of the stage.
+            settings: All settings its result depends on, as JSON.
+            inputs: Digest or key of each input.
+            work: Writes the artifact's files into the folder.
+            fresh: Whether to start from an empty folder, or go on with what is there.
+        """
+        folder = self.stage_folder(stage)
+        version = importlib.metadata.version("armo")
+        key = digest_json([version, settings, self.seed, dict(inputs)])
+        if is_current(folder, key):
+            self.console.print(f"[bold]{stage}[/bold]: up to date, {folder}")
+            return
+        self.console.rule(f"[bold]{stage}[/bold]", align="left")
+        if fresh and folder.exists():
+            shutil.rmtree(folder)
+        (folder / "manifest.json").unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        work(folder)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        finish_artifact(
+            folder,
+            key=key,
+            settings=settings,
+            inputs=inputs,
+            seed=self.seed,
+            versions={"armo": version, **versions},
+        )
+
+
+def run_embed(
+    run: Run,
+    *,
+    settings: Any,
+    objectives: ObjectiveSet,
+    paths: Mapping[str, Paths | None],
+    load_ratings: Callable[..., list[RatedResponse]],
+    load_pairs: Callable[..., list[PreferencePair]],
+    load_lists: Callable[..., list[ResponseList]] | None,
+    backbone: Callable[[], Backbone],
+    backbone_id: tuple[str, str | None],
+    test_fraction: float,
+    min_ratings: int,
+    shard_rows: int,
+) -> None:
+    """Read and check the rows, and embed every distinct prompt and response.
+
+    Args:
+        run: The run.
+        settings: The `data` and `embed` sections of the configuration.
+        objectives: The declared objectives.
+        paths: Data files by kind, to notice when they change.
+        load_ratings: Loads the rated responses, given `objectives`.
+        load_pairs: Loads the preference pairs.
+        load_lists: Loads response lists for evaluation, if there are any.
+        backbone: Loads the backbone.
+        backbone_id: Its id and revision, to notice when its weights change.
+        test_fraction: Share of prompts kept for the report.
+        min_ratings: Training ratings that each objective needs.
+        shard_rows: Rows per shard of the store.
+    """
+    inputs = {
+        str(file): digest_file(file)
+        for kind, path in paths.items()
+        if path is not None
+        for file in data_files(path, builtin_file=f"{kind}.jsonl.gz")
+    }
+    folder, revision = backbone_id
+    inputs["backbone"] = weights_digest(find_weights(folder, revision=revision))
+
+    def work(folder: Path) -> None:
+        ratings = load_ratings(objectives=objectives)
+        pairs = load_pairs()
+        lists = load_lists() if load_lists is not None else []
+        splits = split_groups([*ratings, *pairs, *lists], test_fraction=test_fraction)
+        train = [row for row in ratings if splits[prompt_group(row.prompt)] == "train"]
+        check_objectives(train, objectives, min_ratings=min_ratings)
+        embed_rows(
+            folder,
+            backbone=backbone(),
+            objectives=objectives,
+            ratings=ratings,
+            pairs=pairs,
+            lists=lists,
+            splits=splits,
+            shard_rows=shard_rows,
+        )
+        print_tables([_data_table(EmbeddedData.load(folder))], run.console)
+
+    run.do("embed", settings=settings, inputs=inputs, work=work, fresh=False)
+
+
+def run_heads(run: Run, *, settings: Any, fit: Callable[..., FittedHeads]) -> None:
+    """Fit the objective heads on the training ratings."""
+    inputs = {"embed": run.key_of("embed")}
+
+    def work(folder: Path) -> None:
+        data = EmbeddedData.load(run.stage_folder("embed"))
+        tables = data.tables
+        train = ~tables.ratings_test
+        rows = tables.ratings_response[train]
+        fitted = fit(
+            data.responses,
+            rows,
+            tables.ratings[train],
+            tables.group_of_response[rows],
+            objectives=data.objectives.names,
+            group_count=int(tables.group_of_prompt.max()) + 1,
+            other_groups=tables.group_of_response[tables.pairs_chosen[~tables.pairs_test]],
+        )
+        fitted.save(folder)
+        print_tables([heads_table(fitted.summaries)], run.console)
+
+    run.do("heads", settings=settings, inputs=inputs, work=work)
+
+
+def run_decorrelation(run: Run, *, settings: Any, fit: Callable[..., FittedTransforms]) -> None:
+    """Fit the reward transform on the responses of the training pairs."""
+    inputs = {stage: run.key_of(stage) for stage in ("embed", "heads")}
+
+    def work(folder: Path) -> None:
+        data = EmbeddedData.load(run.stage_folder("embed"))
+        heads = FittedHeads.load(run.stage_folder("heads"))
+        tables = data.tables
+        train = ~tables.pairs_test
+        reference = torch.cat([tables.pairs_chosen[train], tables.pairs_rejected[train]]).unique()
+        embeddings = data.responses.read(reference)
+        shared = {
+            "covariates": tables.covariates[reference],
+            "groups": tables.prompt_of_response[reference],
+            "bias_indices": data.objectives.bias_indices,
+        }
+        fitted = fit(heads, embeddings, **shared)
+        plain = fit(heads, embeddings, **shared, methods=())
+        save_transforms(folder, decorrelated=fitted, undecorrelated=plain)
+        print_tables([decorrelation_table(fitted.summaries)], run.console)
+
+    run.do("decorrelation", settings=settings, inputs=inputs, work=work)
+
+
+def run_gating(
+    run: Run, *, settings: Any, fit: Callable[..., tuple[GatingNetwork, GatingSummary]]
+) -> None:
+    """Train the gate on the training pairs, once decorrelated and once not, to compare."""
+    inputs = {stage: run.key_of(stage) for stage in ("embed", "heads", "decorrelation")}
+
+    def work(folder: Path) -> None:
+        data = EmbeddedData.load(run.stage_folder("embed"))
+        heads = FittedHeads.load(run.stage_folder("heads"))
+        tables = data.tables
+        train = (~tables.pairs_test).nonzero()[:, 0]
+        chosen, rejected = tables.pairs_chosen[train], tables.pairs_rejected[train]
+        groups = tables.group_of_response[chosen]
+        prompts = data.prompt_embeddings(chosen)
+        summaries = {}
+        for name, decorrelated in (("gate", True), ("undecorrelated", False)):
+            transforms = load_transforms(
+                run.stage_folder("decorrelation"), decorrelated=decorrelated
+            )
+            differences = out_of_fold_differences(
+                data, heads, transforms, chosen=chosen, rejected=rejected
+            )
+            gate, summaries[name] = fit(
+                prompts,
+                differences,
+                groups,
+                objectives=data.objectives.names,
+                mixed=data.objectives.mixed_indices,
+                folder=folder / f"{name}_training",
+                seed=run.seed,
+            )
+            save_gating(folder, name, gate, summaries[name])
+        print_tables([gating_table(summaries["gate"])], run.console)
+
+    run.do("gating", settings=settings, inputs=inputs, work=work)
+
+
+def run_model(
+    run: Run, *, settings: Any, backbone: Callable[[], Backbone], examples: int = 8
+) -> None:
+    """Join the parts to a model folder with golden scores and a model card."""
+    inputs = {stage: run.key_of(stage) for stage in STAGES[:4]}
+
+    def work(folder: Path) -> None:
+        data = EmbeddedData.load(run.stage_folder("embed"))
+        heads = FittedHeads.load(run.stage_folder("heads"))
+        transforms = load_transforms(run.stage_folder("decorrelation"))
+        gate, summary = load_gating(run.stage_folder("gating"), "gate")
+        model = ArmoRewardModel(
+            objectives=data.objectives,
+            backbone=backbone(),
+            heads=heads.heads,
+            transform=transforms.transform,
+            gate=gate,
+            beta=summary.beta,
+        )
+        golden = [
+            [*example["prompt"], {"role": "assistant", "content": response}]
+            for example in data.examples
+            for response in example["responses"]
+        ]
+        tables = [
+            _objectives_table(data.objectives),
+            heads_table(heads.summaries),
+            decorrelation_table(transforms.summaries),
+            gating_table(summary),
+        ]
+        card = to_markdown(tables, title="An armo reward model") + _card_usage(model)
+        model.save_pretrained(folder, golden=golden[:examples], card=card)
+        run.console.print(f"saved {folder}")
+
+    run.do("model", settings=settings, inputs=inputs, work=work)
+
+
+def run_report(run: Run, *, settings: Any, device: str = "auto") -> None:
+    """Evaluate the saved model on the test side, and write the report."""
+    inputs = {stage: run.key_of(stage) for stage in STAGES[:5]}
+
+    def work(folder: Path) -> None:
+        data = EmbeddedData.load(run.stage_folder("embed"))
+        model = ArmoRewardModel.from_pretrained(run.stage_folder("model"), device=device)
+        heads = FittedHeads.load(run.stage_folder("heads"))
+        gating, decorrelation = run.stage_folder("gating"), run.stage_folder("decorrelation")
+        gate, summary = load_gating(gating, "gate")
+        plain_gate, plain_summary = load_gating(gating, "undecorrelated")
+        plain = load_transforms(decorrelation, decorrelated=False).transform
+        constant = [summary.constant_weights[name] for name in data.objectives.names]
+        evaluation = evaluate(
+            data,
+            heads=heads.heads,
+            mix=Mix(load_transforms(decorrelation).transform, gate, summary.beta),
+            undecorrelated=Mix(plain, plain_gate, plain_summary.beta),
+            constant_weights=torch.tensor(constant, dtype=torch.float64),
+            deviation=text_deviation(model, data),
+            seed=run.seed,
+        )
+        save_pages(evaluation, folder, title=f"Report on {run.folder.name}")
+        print_tables(evaluation.tables, run.console)
+        run.console.print(f"saved {folder / 'report.html'}")
+
+    run.do("report", settings=settings, inputs=inputs, work=work)
+
+
+def out_of_fold_differences(
+    data: EmbeddedData,
+    heads: FittedHeads,
+    transforms: FittedTransforms,
+    *,
+    chosen: Tensor,
+    rejected: Tensor,
+) -> Float[Tensor, "pairs objectives"]:
+    """Adjusted rewards, chosen minus rejected, of heads that never saw the pair's prompt."""
+    folds = heads.fold_of_group[data.tables.group_of_response[chosen]]
+    differences = torch.empty(len(chosen), len(data.objectives.names), dtype=torch.float64)
+    for fold, transform in enumerate(transforms.without_fold):
+        here = (folds == fold).nonzero()[:, 0]
+        first = transform.adjusted(data.responses.read(chosen[here]))
+        differences[here] = first - transform.adjusted(data.responses.read(rejected[here]))
+    return differences
+
+
+def text_deviation(model: ArmoRewardModel, data: EmbeddedData) -> float:
+    """Largest difference between scores of the examples' text and of their stored embeddings."""
+    largest = 0.0
+    for example in data.examples:
+        numbers = torch.tensor(example["numbers"])
+        stored = model.score_embeddings(
+            data.responses.read(numbers), data.prompt_embeddings(numbers)
+        )
+        fresh = model.score_responses(example["prompt"], example["responses"])
+        largest = max(largest, float((stored.score - fresh.score).abs().max()))
+    return largest
+
+
+def heads_table(summaries: Sequence[HeadSummary]) -> Table:
+    """Show how the heads were fitted."""
+    return Table(
+        "heads",
+        "Heads",
+        ("objective", "ratings", "penalty", "error variance explained"),
+        tuple((s.objective, s.ratings, f"{s.alpha:g}", s.explained) for s in summaries),
+        "Penalty chosen and variance explained by cross-validation over training prompts.",
+    )
+
+
+def decorrelation_table(summaries: Sequence[DecorrelationSummary]) -> Table:
+    """Show what decorrelation did to the objectives."""
+    rows = [
+        (s.objective, bias, s.penalties[bias], s.before[bias], s.after[bias], s.kept)
+        for s in summaries
+        for bias in s.penalties
+    ]
+    return Table(
+        "decorrelation",
+        "Decorrelation",
+        ("objective", "from", "penalty", "Spearman before", "Spearman after", "spread kept"),
+        tuple(rows) or (("(no bias objectives)", "", None, None, None, None),),
+        "Reference responses: those of the training pairs.",
+    )
+
+
+def gating_table(summary: GatingSummary) -> Table:
+    """Show how the gate compares with the constant mix it started from."""
+    return Table(
+        "gating",
+        "Gate",
+        ("mix", "loss", "accuracy"),
+        (
+            ("best constant", summary.constant_loss, summary.constant_accuracy),
+            ("gate", summary.loss, summary.accuracy),
+        ),
+        f"{summary.held_out_pairs} pairs on held-out training prompts; best epoch "
+        f"{summary.epochs}, 0 being the constant mix itself; beta {summary.beta:.3g}.",
+    )
+
+
+def _objectives_table(objectives: ObjectiveSet) -> Table:
+    return Table(
+        "objectives",
+        "Objectives",
+        ("objective", "scale", "mixed into the score", "meaning"),
+        tuple(
+            (o.name, f"{o.low:g} to {o.high:g}", "no" if o.bias else "yes", o.meaning)
+            for o in objectives.objectives
+        ),
+    )
+
+
+def _data_table(data: EmbeddedData) -> Table:
+    tables = data.tables
+    rows = [
+        (name, len(test), int((~test).sum()), int(test.sum()))
+        for name, test in (
+            ("rated responses", tables.ratings_test),
+            ("preference pairs", tables.pairs_test),
+            ("response lists", tables.lists_test),
+        )
+    ]
+    return Table(
+        "data",
+        "Data",
+        ("rows", "all", "train", "test"),
+        tuple(rows),
+        f"{data.prompts.rows} distinct prompts, {data.responses.rows} distinct responses.",
+    )
+
+
+def _card_usage(model: ArmoRewardModel) -> str:
+    spec = model.backbone.spec
+    return f"""
+## Use
+
+```python
+import armo
+
+model = armo.ArmoRewardModel.from_pretrained("THIS FOLDER")
+turns = [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]
+out = model.score([turns])
+out.score, out.rewards, out.gating_weights, out.contributions
+```
+
+The backbone is {spec.id} (SHA-256 of its weights {spec.digest}), which is not in this folder.
+`armo verify model=THIS_FOLDER` scores the conversations of `golden.json` again.
+"""

@@ -1,0 +1,1 @@
+"""Configuration of the `armo` commands, importable as `armo.conf`."""
