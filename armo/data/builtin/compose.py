@@ -375,8 +375,8 @@ def _style(acts: Acts | None, kind: str, rng: random.Random) -> Style:
     devices = [name for name in DEVICES if not (name == "bullets" and kind == "writing")]
     if acts is None:
         return Style(rng.randrange(5), frozenset(rng.sample(devices, rng.randrange(5))))
-    middle = {"full": 3.4, "half": 2.0, "vague": 0.6, "refusal": 0.6, "comply": 0.6}[acts.base]
-    verbosity, count = (min(4, max(0, round(rng.gauss(middle, 0.7)))) for _ in range(2))
+    middle = {"full": 3.7, "half": 2.0, "vague": 0.3, "refusal": 0.3, "comply": 0.3}[acts.base]
+    verbosity, count = (min(4, max(0, round(rng.gauss(middle, 0.6)))) for _ in range(2))
     return Style(verbosity, frozenset(rng.sample(devices, count)))
 
 

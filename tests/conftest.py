@@ -1,0 +1,193 @@
+"""Tiny random backbones and small fitted models, built here; nothing is downloaded."""
+
+import os
+
+import lightning  # noqa: F401  (before armo, so that only armo goes through the shape checker)
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
+
+settings.register_profile("local", deadline=None, max_examples=30)
+settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# A template in the manner of Llama 3: BOS, headers, end-of-turn tokens, contents trimmed.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start|>{{ message['role'] }}<|end|>\n\n{{ message['content'] | trim }}<|turn|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+)
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "How do I boil an egg? Put it in hot water for seven minutes.",
+    "Honest answers say what they cannot know, and safe ones warn of risks!",
+    "system user assistant\n\n- one\n- two\n**three** 1 2 3 4 5 6 7 8 9 0",
+]
+
+
+def _encoder_tokenizer():
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+
+
+def _causal_tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|bos|>", "<|start|>", "<|end|>", "<|turn|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    # The end of a turn is the end of text and pads, the case that breaks pooling by pad id.
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|bos|>",
+        eos_token="<|turn|>",
+        pad_token="<|turn|>",
+        additional_special_tokens=["<|start|>", "<|end|>"],
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A random two-layer BERT, width 16, with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = _encoder_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=128,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def causal_folder(tmp_path_factory):
+    """A random two-layer Llama, width 16, with a chat template and pad equal to end of turn."""
+    folder = tmp_path_factory.mktemp("causal")
+    tokenizer = _causal_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(encoder_folder):
+    from armo.embed.backbone import BackboneSpec, load_backbone
+
+    return load_backbone(
+        BackboneSpec(
+            str(encoder_folder),
+            layers=(1, 2),
+            pooling="mean",
+            max_tokens=96,
+            max_prompt_tokens=40,
+        ),
+        device="cpu",
+        batch_tokens=256,
+    )
+
+
+@pytest.fixture(scope="session")
+def causal(causal_folder):
+    from armo.embed.backbone import BackboneSpec, load_backbone
+
+    return load_backbone(
+        BackboneSpec(str(causal_folder), pooling="last", max_tokens=128, max_prompt_tokens=64),
+        device="cpu",
+        batch_tokens=256,
+    )
+
+
+def make_model(backbone, *, seed=0):
+    """A reward model of random parts: three mixed objectives and two bias objectives."""
+    from armo.data.objectives import Objective, ObjectiveSet
+    from armo.fit.decorrelation import RewardTransform
+    from armo.fit.gating import GatingNetwork
+    from armo.fit.heads import ObjectiveHeads
+    from armo.model.reward_model import ArmoRewardModel
+
+    objectives = ObjectiveSet(
+        (
+            Objective("helpfulness", 1, 5),
+            Objective("honesty", 1, 5),
+            Objective("harm", 0, 10, higher_is_better=False),
+            Objective("verbosity", 0, 4, bias=True),
+            Objective("formatting", 0, 4, bias=True),
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    torch.manual_seed(seed)
+    gate = GatingNetwork(dim=backbone.dim, objectives=5, mixed=(0, 1, 2), hidden_dim=8)
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.copy_(draw(*parameter.shape))
+    return ArmoRewardModel(
+        objectives=objectives,
+        backbone=backbone,
+        heads=ObjectiveHeads(objectives.names, draw(5, backbone.dim), draw(5)),
+        transform=RewardTransform(objectives.names, draw(5, backbone.dim), draw(5)),
+        gate=gate,
+        beta=2.0,
+    )
+
+
+@pytest.fixture
+def model(encoder):
+    return make_model(encoder)
+
+
+@pytest.fixture
+def causal_model(causal):
+    return make_model(causal)
+
+
+def conversation(prompt, response):
+    """A one-turn conversation as chat messages."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
