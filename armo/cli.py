@@ -84,10 +84,11 @@ def train(cfg: DictConfig) -> None:
     from armo import stages
     from armo.data.objectives import ObjectiveSet
 
+    _quieten()  # once more: Lightning sets its own log level when it is imported
     unknown = [name for name in cfg.stages if name not in stages.STAGES]
     if unknown:
         raise ValueError(f"`stages` knows {', '.join(stages.STAGES)}, not {', '.join(unknown)}")
-    run = stages.Run(folder=Path(cfg.output_dir), console=Console(), seed=cfg.seed)
+    run = stages.Run(folder=Path(cfg.output_dir), console=_console(), seed=cfg.seed)
     plain: Callable[[Any], Any] = lambda section: OmegaConf.to_container(  # noqa: E731
         section, resolve=True, throw_on_missing=True
     )
@@ -149,7 +150,7 @@ def score(cfg: DictConfig) -> None:
         "weights": OmegaConf.to_container(cfg.weights) if cfg.weights is not None else None,
         "scale": cfg.scale,
     }
-    console = Console()
+    console = _console()
     shown: list[dict[str, Any]] = []
     results = _score_rows(model, rows, options)
     progress = track(results, total=len(rows), description="scoring", console=console)
@@ -178,7 +179,7 @@ def verify(cfg: DictConfig) -> None:
         cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
     )
     deviation = model.verify()
-    Console().print(f"ok: golden outputs of {cfg.model} deviate by {deviation:.1e} at most")
+    _console().print(f"ok: golden outputs of {cfg.model} deviate by {deviation:.1e} at most")
 
 
 VERBS = {"train": train, "score": score, "verify": verify}
@@ -239,6 +240,12 @@ def _score_table(results: Sequence[Mapping[str, Any]], objectives: Sequence[str]
             label = result["id"] if single else f"{result['id']} [{k}]"
             table.add_row(label, f"{value:+.3f}", *(f"{part:+.3f}" for part in values))
     return table
+
+
+def _console() -> Console:
+    """A console; wide enough for the tables where the output is no terminal, but a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
 
 
 def _quieten() -> None:

@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,11 @@ def run_gating(
         groups = tables.group_of_response[chosen]
         prompts = data.prompt_embeddings(chosen)
         summaries = {}
-        for name, decorrelated in (("gate", True), ("undecorrelated", False)):
+        for name, decorrelated, what in (
+            ("gate", True, "the gate"),
+            ("undecorrelated", False, "a gate without decorrelation, for the report to compare"),
+        ):
+            run.console.print(f"training {what}")
             transforms = load_transforms(
                 run.stage_folder("decorrelation"), decorrelated=decorrelated
             )
@@ -318,7 +322,7 @@ def run_report(run: Run, *, settings: Any, device: str = "auto") -> None:
             seed=run.seed,
         )
         save_pages(evaluation, folder, title=f"Report on {run.folder.name}")
-        print_tables(evaluation.tables, run.console)
+        print_tables([_brief(table) for table in evaluation.tables], run.console)
         run.console.print(f"saved {folder / 'report.html'}")
 
     run.do("report", settings=settings, inputs=inputs, work=work)
@@ -353,6 +357,13 @@ def text_deviation(model: ArmoRewardModel, data: EmbeddedData) -> float:
         fresh = model.score_responses(example["prompt"], example["responses"])
         largest = max(largest, float((stored.score - fresh.score).abs().max()))
     return largest
+
+
+def _brief(table: Table) -> Table:
+    """Leave the style of single objectives to the saved report."""
+    if table.name != "style":
+        return table
+    return replace(table, rows=tuple(row for row in table.rows if row[0] == "score"))
 
 
 def heads_table(summaries: Sequence[HeadSummary]) -> Table:

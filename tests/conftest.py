@@ -1,6 +1,9 @@
 """Tiny random backbones and small fitted models, built here; nothing is downloaded."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning  # noqa: F401  (before armo, so that only armo goes through the shape checker)
 import pytest
@@ -38,9 +41,7 @@ def _encoder_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(TEXTS, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -57,9 +58,7 @@ def _causal_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|bos|>", "<|start|>", "<|end|>", "<|turn|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(TEXTS, trainer)
     # The end of a turn is the end of text and pads, the case that breaks pooling by pad id.
     wrapped = PreTrainedTokenizerFast(
@@ -191,3 +190,13 @@ def causal_model(causal):
 def conversation(prompt, response):
     """A one-turn conversation as chat messages."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+@pytest.fixture(scope="session")
+def demo_folder():
+    """The run that `make demo` leaves behind; trained here if it is not up to date."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "armo.cli", "train", "experiment=demo"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root / "checkpoints" / "demo"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,6 +42,7 @@ T = TypeVar("T")
 
 ROWS = "rows.safetensors"
 NAMES = "rows.json"
+LOG_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -289,6 +291,7 @@ def _fill_store(
         sizes = [_size(text) for text in texts]
         task = progress.add_task(title, total=sum(sizes), rows=f"0/{len(texts)}")
         done = 0
+        started = reported = time.monotonic()
         for shard in range(store.shards):
             numbers = store.shard_range(shard)
             if shard in missing:
@@ -299,11 +302,19 @@ def _fill_store(
                     raise BackboneError(f"{title} {numbers.start} and after: {error}") from None
                 store.write(shard, embeddings=result.values, truncated=result.truncated)
             done += len(numbers)
+            now = time.monotonic()
+            rate = f", {(done - kept) / (now - started):.0f}/s" if missing else ""
             progress.update(
                 task,
                 advance=sum(sizes[n] for n in numbers),
-                rows=f"{done}/{len(texts)}",
+                rows=f"{done}/{len(texts)}{rate}",
             )
+            if not progress.console.is_terminal and now - reported > LOG_EVERY_S:
+                reported = now
+                left = progress.tasks[task].time_remaining
+                logger.info(
+                    "%s: %d of %d rows, about %.0f s left", title, done, len(texts), left or 0
+                )
     cut = int(store.truncated().sum())
     if cut:
         logger.info("%s: %d of %d rows were cut to fit the backbone", title, cut, len(texts))

@@ -1,0 +1,34 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test corpus clean
+
+demo: .venv/.demo
+	$(BIN)/armo train experiment=demo
+	$(BIN)/armo score model=checkpoints/demo/model input=notebooks/conversations.jsonl
+
+test: .venv/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+# Write the built-in corpus again after a change of its pieces or of the program.
+corpus: .venv/.demo
+	$(BIN)/python -m armo.data.builtin.compose
+
+clean:
+	rm -rf .venv build dist *.egg-info checkpoints/demo
+
+.venv/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable '.[embedded]'
+	touch $@
+
+.venv/.test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable '.[dev]'
+	touch $@
