@@ -13,7 +13,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -67,6 +67,9 @@ def _in_one_line(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], N
         except KeyboardInterrupt:
             print("armo: interrupted; the same command goes on where it was", file=sys.stderr)
             sys.exit(130)
+        except MissingMandatoryValue as error:
+            print(f"armo: {error.full_key} is needed: {error.full_key}=...", file=sys.stderr)
+            sys.exit(2)
         except Exception as error:
             if HydraConfig.get().verbose:
                 raise
@@ -150,6 +153,7 @@ def score(cfg: DictConfig) -> None:
         "weights": OmegaConf.to_container(cfg.weights) if cfg.weights is not None else None,
         "scale": cfg.scale,
     }
+    mixed = [model.objectives.names[k] for k in model.objectives.mixed_indices]
     console = _console()
     shown: list[dict[str, Any]] = []
     results = _score_rows(model, rows, options)
@@ -162,7 +166,7 @@ def score(cfg: DictConfig) -> None:
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 if number < SHOWN_ROWS:
                     shown.append(result)
-    console.print(_score_table(shown[:SHOWN_ROWS], model.objectives.names))
+    console.print(_score_table(shown[:SHOWN_ROWS], mixed))
     if len(rows) > SHOWN_ROWS:
         console.print(f"the first {SHOWN_ROWS} of {len(rows)} rows")
     if cfg.output is not None:

@@ -158,13 +158,19 @@ def run_embed(
         splits = split_groups([*ratings, *pairs, *lists], test_fraction=test_fraction)
         train = [row for row in ratings if splits[prompt_group(row.prompt)] == "train"]
         check_objectives(train, objectives, min_ratings=min_ratings)
+        # Lists are for evaluation only; those on training prompts would be embedded in vain.
+        tested = [row for row in lists if splits[prompt_group(row.prompt)] == "test"]
+        if len(tested) < len(lists):
+            logger.info(
+                "%d response lists are on training prompts, unused", len(lists) - len(tested)
+            )
         embed_rows(
             folder,
             backbone=backbone(),
             objectives=objectives,
             ratings=ratings,
             pairs=pairs,
-            lists=lists,
+            lists=tested,
             splits=splits,
             shard_rows=shard_rows,
         )

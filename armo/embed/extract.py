@@ -290,7 +290,7 @@ def _fill_store(
         # Characters, not rows, are the unit of work: rows differ in length a hundredfold.
         sizes = [_size(text) for text in texts]
         task = progress.add_task(title, total=sum(sizes), rows=f"0/{len(texts)}")
-        done = 0
+        done = computed = 0
         started = reported = time.monotonic()
         for shard in range(store.shards):
             numbers = store.shard_range(shard)
@@ -303,7 +303,8 @@ def _fill_store(
                 store.write(shard, embeddings=result.values, truncated=result.truncated)
             done += len(numbers)
             now = time.monotonic()
-            rate = f", {(done - kept) / (now - started):.0f}/s" if missing else ""
+            computed += len(numbers) if shard in missing else 0
+            rate = f", {computed / (now - started):.0f}/s" if computed else ""
             progress.update(
                 task,
                 advance=sum(sizes[n] for n in numbers),
