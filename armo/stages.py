@@ -17,7 +17,14 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
-from armo.artifacts import digest_file, digest_json, finish_artifact, is_current, require_artifact
+from armo.artifacts import (
+    ArtifactError,
+    digest_file,
+    digest_json,
+    finish_artifact,
+    is_current,
+    require_artifact,
+)
 from armo.data.checks import check_objectives, split_groups
 from armo.data.conversation import PreferencePair, RatedResponse, ResponseList, prompt_group
 from armo.data.objectives import ObjectiveSet
@@ -33,7 +40,7 @@ from armo.fit.decorrelation import (
 from armo.fit.gating import GatingNetwork
 from armo.fit.heads import FittedHeads, HeadSummary
 from armo.fit.training import GatingSummary, load_gating, save_gating
-from armo.model.reward_model import ArmoRewardModel
+from armo.model.reward_model import GOLDEN_TOLERANCE, ArmoRewardModel
 from armo.report.evaluate import Mix, Table, evaluate
 from armo.report.pages import print_tables, save_pages, to_markdown
 
@@ -90,7 +97,7 @@ class Run:
         """
         folder = self.stage_folder(stage)
         version = importlib.metadata.version("armo")
-        key = digest_json([version, settings, self.seed, dict(inputs)])
+        key = digest_json([version, settings, dict(inputs)])
         if is_current(folder, key):
             self.console.print(f"[bold]{stage}[/bold]: up to date, {folder}")
             return
@@ -106,7 +113,6 @@ class Run:
             key=key,
             settings=settings,
             inputs=inputs,
-            seed=self.seed,
             versions={"armo": version, **versions},
         )
 
@@ -265,7 +271,7 @@ def run_gating(
             save_gating(folder, name, gate, summaries[name])
         print_tables([gating_table(summaries["gate"])], run.console)
 
-    run.do("gating", settings=settings, inputs=inputs, work=work)
+    run.do("gating", settings=[settings, run.seed], inputs=inputs, work=work)
 
 
 def run_model(
@@ -318,20 +324,26 @@ def run_report(run: Run, *, settings: Any, device: str = "auto") -> None:
         plain_gate, plain_summary = load_gating(gating, "undecorrelated")
         plain = load_transforms(decorrelation, decorrelated=False).transform
         constant = [summary.constant_weights[name] for name in data.objectives.names]
+        deviation = text_deviation(model, data)
+        if deviation > GOLDEN_TOLERANCE[model.backbone.spec.dtype]:
+            raise ArtifactError(
+                f"{run.stage_folder('model')}: scores from text differ from those of the stored "
+                f"embeddings by {deviation:.2g}: the backbone runs differently now"
+            )
         evaluation = evaluate(
             data,
             heads=heads.heads,
             mix=Mix(load_transforms(decorrelation).transform, gate, summary.beta),
             undecorrelated=Mix(plain, plain_gate, plain_summary.beta),
             constant_weights=torch.tensor(constant, dtype=torch.float64),
-            deviation=text_deviation(model, data),
+            deviation=deviation,
             seed=run.seed,
         )
         save_pages(evaluation, folder, title=f"Report on {run.folder.name}")
         print_tables([_brief(table) for table in evaluation.tables], run.console)
         run.console.print(f"saved {folder / 'report.html'}")
 
-    run.do("report", settings=settings, inputs=inputs, work=work)
+    run.do("report", settings=[settings, run.seed], inputs=inputs, work=work)
 
 
 def out_of_fold_differences(
