@@ -176,6 +176,8 @@ def fit_reward_transform(
         penalties = torch.zeros(len(bias), dtype=torch.float64)
         if "penalty" in methods and bias:
             subtracted = deviations @ erased[bias].T
+            # Of a bias reward that leace erased only rounding is left, not to be blown up.
+            subtracted = subtracted * (subtracted.std(0) > 1e-6 * style.std(0))
             penalties = fit_penalties(values, subtracted, style, name=name, tolerance=tolerance)
             matrix[k] = erased[k] - penalties @ erased[bias]
         before, after = deviations @ heads.weights[k], deviations @ matrix[k]
@@ -214,7 +216,7 @@ def leace_projection(
     embeddings: Float[Tensor, "batch dim"],
     covariates: Float[Tensor, "batch covariates"],
     *,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-12,
 ) -> Float[Tensor, "dim dim"]:
     """Compute the LEACE projection `P`: no linear function of `P h` follows a covariate.
 
@@ -225,7 +227,7 @@ def leace_projection(
         embeddings: `h`, any offset.
         covariates: `z`, standardised here, so that their units do not matter; constant
             columns are ignored.
-        tolerance: Smallest eigenvalue or singular value kept, relative to the largest.
+        tolerance: Smallest eigenvalue of the covariance kept, relative to the largest.
 
     Returns:
         The projection, float64; apply as `P @ h` on column vectors.
@@ -237,7 +239,7 @@ def leace_projection(
     x = embeddings.double() - embeddings.double().mean(0)
     z = covariates.double() - covariates.double().mean(0)
     spread = z.std(0)
-    varies = spread > 1e-12 * (1.0 + covariates.double().abs().max())
+    varies = spread > 1e-12 * covariates.double().abs().amax(0)
     z = z[:, varies] / spread[varies]
     identity = torch.eye(x.shape[1], dtype=torch.float64)
     if z.shape[1] == 0:
@@ -247,7 +249,7 @@ def leace_projection(
     values, vectors = values[kept], vectors[:, kept]
     whitened = (vectors / values.sqrt()).T @ (x.T @ z / len(x))
     left, singular, _ = torch.linalg.svd(whitened, full_matrices=False)
-    basis = left[:, singular > tolerance * singular.max()]
+    basis = left[:, singular > 1e-9]
     unwhiten = vectors * values.sqrt()
     whiten = (vectors / values.sqrt()).T
     projection: Tensor = identity - unwhiten @ basis @ basis.T @ whiten

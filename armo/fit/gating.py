@@ -47,6 +47,10 @@ class GatingNetwork(nn.Module):
         super().__init__()
         if not mixed:
             raise ValueError("`mixed` must name at least one objective.")
+        if len(set(mixed)) < len(mixed) or not set(mixed) <= set(range(objectives)):
+            raise ValueError(
+                f"`mixed` must be distinct columns of {objectives} objectives, got {list(mixed)}."
+            )
         if temperature <= 0.0 or hidden_dim < 1 or hidden_layers < 0:
             raise ValueError(
                 "`temperature` and `hidden_dim` must be positive, `hidden_layers` not negative."
@@ -107,7 +111,7 @@ class GatingNetwork(nn.Module):
         """
         self.constant.copy_(self.temperature * weights[self.mixed].clamp(min=1e-6).log())
         self.mean.copy_(prompts.mean(0))
-        self.scale.copy_(prompts.std(0).clamp(min=1e-6))
+        self.scale.copy_(prompts.std(0, correction=0).clamp(min=1e-6))
 
 
 def contributions(

@@ -20,7 +20,6 @@ from torch.utils.data import TensorDataset as Pairs
 
 from armo.artifacts import read_json, read_tensors, write_json, write_tensors
 from armo.fit.gating import GatingNetwork
-from armo.fit.heads import deal_folds
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +79,9 @@ def fit_constant_mix(
     """Fit the constant weights and `beta` that explain the preferences best.
 
     Minimises the Bradley-Terry loss over weights that are non-negative and sum to one on the
-    mixed objectives, by L-BFGS on their logits, plus `decay` times the squared logits, which
-    keeps them finite where an objective deserves no weight.
+    mixed objectives, by L-BFGS on their logits, plus `decay` times the squared logits and the
+    squared log of `beta`, which keeps them finite where an objective deserves no weight, or where
+    the pairs can be told apart without error.
 
     Args:
         differences: Adjusted rewards of the chosen minus those of the rejected responses.
@@ -149,13 +149,13 @@ class GatingTrainer(L.LightningModule):
         scores: Tensor = (self.gate(prompts) * differences).sum(dim=-1)
         return scores
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         loss = bradley_terry_loss(self(*batch), beta=self.log_beta.exp())
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[0]))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Log loss and accuracy on held-out prompts."""
         differences = self(*batch)
         loss = bradley_terry_loss(differences, beta=self.log_beta.exp())
@@ -256,7 +256,7 @@ def fit_gating(
         learning_rate: Of AdamW.
         weight_decay: Of AdamW, towards the constant mix.
         batch_size: Pairs per step.
-        held_out: Share of the pairs whose prompts are held out.
+        held_out: Share of the prompts held out.
         patience: Epochs without improvement before stopping.
         seed: Of initialisation, dropout, order of pairs and the held-out prompts.
 
@@ -267,10 +267,14 @@ def fit_gating(
         ValueError: If there are too few distinct prompts to hold some out.
     """
     L.seed_everything(seed, verbose=False)
-    parts = max(2, round(1.0 / held_out))
     shuffled = _shuffle_groups(groups, seed=seed)
-    folds = deal_folds(shuffled, folds=parts, group_count=int(shuffled.max()) + 1)
-    aside = folds[shuffled] == 0
+    group_count = int(shuffled.max()) + 1
+    if group_count < 2 or not 0.0 < held_out < 1.0:
+        raise ValueError(
+            f"`held_out` must be between 0 and 1, got {held_out}, and the pairs need at least two "
+            f"distinct prompts, got {group_count}."
+        )
+    aside = shuffled < min(group_count - 1, max(1, round(held_out * group_count)))
     prompts, values = prompts.float(), differences.float()
     weights, beta = fit_constant_mix(differences[~aside], mixed=mixed)
     gate = GatingNetwork(

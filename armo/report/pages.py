@@ -124,6 +124,7 @@ def _plot_kinds(table: Table) -> Figure:
         weights = table.column(name)
         axes.barh(kinds, weights, left=left, label=name, color=colour)
         left = [a + b for a, b in zip(left, weights, strict=True)]
+    axes.invert_yaxis()
     axes.set_xlim(0.0, 1.0)
     axes.set_xlabel("mean gating weight")
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
@@ -137,10 +138,11 @@ def _plot_style(table: Table) -> Figure:
     axes = figure.subplots()
     positions = range(len(names))
     axes.barh(
-        [p + 0.2 for p in positions], [r[2] for r in rows], 0.38, color=BEFORE, label="before"
+        [p - 0.2 for p in positions], [r[2] for r in rows], 0.38, color=BEFORE, label="before"
     )
-    axes.barh([p - 0.2 for p in positions], [r[3] for r in rows], 0.38, color=AFTER, label="after")
+    axes.barh([p + 0.2 for p in positions], [r[3] for r in rows], 0.38, color=AFTER, label="after")
     axes.set_yticks(list(positions), names)
+    axes.invert_yaxis()
     axes.axvline(0.0, color="#555", linewidth=1)
     axes.set_xlabel("Spearman correlation of the score, within prompts")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
@@ -152,10 +154,11 @@ def _plot_counterfactuals(table: Table) -> Figure:
     figure = Figure(figsize=(8, 0.45 * len(names) + 1.4), layout="constrained")
     axes = figure.subplots()
     positions = range(len(names))
-    for column, offset, colour in (("before", 0.2, BEFORE), ("after", -0.2, AFTER)):
+    for column, offset, colour in (("before", -0.2, BEFORE), ("after", 0.2, AFTER)):
         values = table.column(f"moved, {column}")
         axes.barh([p + offset for p in positions], values, 0.38, color=colour, label=column)
     axes.set_yticks(list(positions), names)
+    axes.invert_yaxis()
     axes.set_xlabel("mean absolute change of the score, in standard deviations")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure

@@ -320,7 +320,8 @@ def _acts(prompt: dict[str, Any], rng: random.Random) -> tuple[list[Acts], list[
             Acts("half", 1),
         )
     )
-    refusal = Acts("refusal", rng.choice((0, 1)))
+    # A refusal has no code, which would tell it from the other answers to a question about code.
+    refusal = Acts("vague" if "snippet" in prompt else "refusal", rng.choice((0, 1)))
     other = refusal if prompt.get("sounds_harmful") else rng.choice((good, poor, refusal))
     rated = [good, rng.choice((false, reckless)), evasive, poor, rng.choice((cautious, refusal))]
     return rated, [false, reckless, rng.choice((evasive, cautious)), other]
@@ -446,7 +447,7 @@ def _base_pieces(prompt: dict[str, Any], base: str) -> list[list[str]]:
 
 
 def _code(prompt: dict[str, Any], base: str) -> str:
-    if "snippet" not in prompt or base == "refusal":
+    if "snippet" not in prompt:
         return ""
     code = prompt["stub" if base == "vague" else "snippet"].strip("\n")
     return f"```{prompt['language']}\n{code}\n```"
