@@ -200,3 +200,13 @@ def demo_folder():
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return root / "checkpoints" / "demo"
+
+
+@pytest.fixture
+def no_type_checks():
+    """Run armo as users do, so that a wrong choice reaches the code's own error message."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -51,7 +51,7 @@ def check_objectives(
     """
     for name in objectives.names:
         ratings = [row.ratings[name] for row in rows if name in row.ratings]
-        if len(ratings) < min_ratings:
+        if len(ratings) < max(1, min_ratings):
             raise DataError(
                 f"objective {name!r} has {len(ratings)} ratings on training prompts, fewer than "
                 f"`data.min_ratings={min_ratings}`; add data or remove it from `data.objectives`"

@@ -1,5 +1,6 @@
 """Objectives: the axes that a response is judged on, and the scales that raters used."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class Objective:
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("An objective needs a `name`.")
-        if not self.low < self.high:
+        if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(
                 f"Objective {self.name!r}: `low` must be below `high`, got {self.low} and "
                 f"{self.high}."

@@ -4,6 +4,7 @@ import gzip
 import importlib.resources
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def load_ratings(path: Paths, *, objectives: ObjectiveSet) -> list[RatedResponse
                 )
             if isinstance(rating, bool) or not isinstance(rating, int | float):
                 raise ValueError(f"rating of {name!r} is not a number: {rating!r}")
-            if not math.isfinite(rating):
+            if not -math.inf < rating < math.inf:
                 raise ValueError(f"rating of {name!r} is {rating}; leave a missing rating out")
             objectives.objectives[objectives.index(name)].to_unit(rating)
             ratings[name] = float(rating)
@@ -86,7 +87,7 @@ def load_pairs(path: Paths) -> list[PreferencePair]:
         if margin is not None and (
             isinstance(margin, bool)
             or not isinstance(margin, int | float)
-            or not math.isfinite(margin)
+            or not -math.inf < margin < math.inf
         ):
             raise ValueError(f"`margin` is not a number: {margin!r}")
         return PreferencePair(
@@ -115,11 +116,14 @@ def load_lists(path: Paths) -> list[ResponseList]:
         responses = _field(row, "responses", list)
         if not all(isinstance(response, str) for response in responses):
             raise ValueError("`responses` must be a list of strings")
+        correct = _field(row, "correct", list)
+        if not all(type(index) is int for index in correct):
+            raise ValueError("`correct` must be a list of whole numbers")
         return ResponseList(
             **_common(row),
             prompt=_messages(row, "prompt"),
             responses=tuple(responses),
-            correct=tuple(_field(row, "correct", list)),
+            correct=tuple(correct),
         )
 
     return _load(path, parse, builtin_file="counterfactuals.jsonl.gz")
@@ -195,8 +199,13 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     if file.name.endswith(".parquet"):
         import datasets
+        import pyarrow
 
-        for number, row in enumerate(datasets.Dataset.from_parquet(str(file)), start=1):
+        try:
+            rows = datasets.Dataset.from_parquet(str(file))
+        except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+            raise DataError(f"{file}: unreadable: {error}") from None
+        for number, row in enumerate(rows, start=1):
             yield f"{file} row {number}", row
         return
     opener = gzip.open if file.suffix == ".gz" else open
@@ -215,7 +224,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not isinstance(row, dict):
                     raise DataError(f"{file}:{number}: not a JSON object")
                 yield f"{file}:{number}", row
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file}: unreadable after line {number}: {error}") from None
 
 
@@ -251,6 +260,8 @@ def _scorable(row: dict[str, Any], *, number: int) -> ScorableRow:
         responses = tuple(_field(row, "responses", list))
     else:
         raise ValueError("needs `messages`, `chosen` and `rejected`, or `responses`")
+    if not responses or not all(isinstance(response, str) for response in responses):
+        raise ValueError("`responses` must be a list of strings, at least one")
     prompt = _messages(row, "prompt")
     for response in responses:
         Conversation(prompt, response)

@@ -5,6 +5,7 @@ that a list inside a code block is code, and `2 * 3 * 4` is not emphasis.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -46,6 +47,7 @@ _COUNTED = {
     "code_block": "code_blocks",
     "table_open": "tables",
 }
+_TAG = re.compile(r"<!--.*?(?:-->|$)|<[^>]*>", re.DOTALL)
 _CODE = ("fence", "code_block", "code_inline")
 
 
@@ -69,15 +71,25 @@ def _measure(response: str) -> list[float]:
     texts: list[str] = []
     prose: list[str] = []
     for token in _parser().parse(response):
+        # Markup between two letters must not make two words of one: an inline block is one text.
+        spans: list[str] = []
         for part in (token, *(token.children or ())):
             if part.type in _COUNTED:
                 counts[_COUNTED[part.type]] += 1
             if part.type == "text" or part.type in _CODE:
-                texts.append(part.content)
+                spans.append(part.content)
+            elif part.type in ("softbreak", "hardbreak"):
+                spans.append(" ")
+            elif part.type == "html_block":
+                spans.append(_TAG.sub(" ", part.content))
+                prose.append(spans[-1])
             if part.type == "text":
                 prose.append(part.content)
+        texts.append("".join(spans))
     counts["log_length"] = math.log1p(sum(len(text.split()) for text in texts))
-    counts["emoji"] = float(sum(emoji.emoji_count(text) for text in prose))
+    # ©, ® and ™ are text unless a variation selector asks for the picture.
+    found = [entry["emoji"] for text in prose for entry in emoji.emoji_list(text)]
+    counts["emoji"] = float(sum(each not in "©®™" for each in found))
     counts["exclamations"] = float(sum(text.count("!") for text in prose))
     opening = response.lstrip(" \n#*_>").casefold()
     counts["affirmative"] = float(
@@ -91,4 +103,8 @@ def _measure(response: str) -> list[float]:
 
 @cache
 def _parser() -> MarkdownIt:
-    return MarkdownIt("commonmark", {"linkify": True}).enable(["table", "linkify"])
+    parser = MarkdownIt("commonmark", {"linkify": True}).enable(["table", "linkify"])
+    assert parser.linkify is not None
+    # Without the two-letter country domains, or main.py and run.sh would be links.
+    parser.linkify.tlds(["com", "org", "net", "edu", "gov", "info"])
+    return parser

@@ -449,7 +449,7 @@ def _base_pieces(prompt: dict[str, Any], base: str) -> list[list[str]]:
 def _code(prompt: dict[str, Any], base: str) -> str:
     if "snippet" not in prompt:
         return ""
-    code = prompt["stub" if base == "vague" else "snippet"].strip("\n")
+    code = prompt["snippet" if base in ("full", "half") else "stub"].strip("\n")
     return f"```{prompt['language']}\n{code}\n```"
 
 

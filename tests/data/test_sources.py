@@ -1,0 +1,419 @@
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from armo.data.objectives import Objective, ObjectiveSet
+from armo.data.sources import DataError, load_lists, load_pairs, load_ratings, load_scorable
+
+OBJECTIVES = ObjectiveSet((Objective("honesty", 1, 5), Objective("safety", 1, 5)))
+BUILTIN_OBJECTIVES = ObjectiveSet(
+    (
+        *(Objective(name, 1, 5) for name in ("helpfulness", "honesty", "safety")),
+        *(Objective(name, 0, 4, bias=True) for name in ("verbosity", "formatting")),
+    )
+)
+USER = {"role": "user", "content": "How do I boil an egg?"}
+ANSWER = {"role": "assistant", "content": "In water."}
+RATING = {"id": "a", "source": "s", "messages": [USER, ANSWER], "ratings": {"honesty": 4}}
+PAIR = {"id": "a", "source": "s", "prompt": [USER], "chosen": "In water.", "rejected": "No."}
+LIST = {"id": "a", "source": "s", "prompt": [USER], "responses": ["yes", "no"], "correct": [0]}
+
+
+def encode(row):
+    return row if isinstance(row, str) else json.dumps(row)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write rows to a file of the suffix's format; a string is a line as it is."""
+
+    def write(name, rows):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(encode(row) + "\n" for row in rows)
+        if name.endswith(".parquet"):
+            import datasets
+            import pyarrow
+            import pyarrow.parquet
+
+            monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        elif name.endswith(".gz"):
+            path.write_bytes(gzip.compress(text.encode()))
+        else:
+            path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def ratings_of(path):
+    return load_ratings(path, objectives=OBJECTIVES)
+
+
+def ids(rows):
+    return [row.id for row in rows]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize(
+    ("load", "row"),
+    [(ratings_of, RATING), (load_pairs, PAIR), (load_lists, LIST), (load_scorable, PAIR)],
+    ids=["ratings", "pairs", "lists", "scorable"],
+)
+def test_every_format_gives_the_same_rows(write, suffix, load, row):
+    rows = [row, {**row, "id": "b"}]
+    assert load(write(f"rows.{suffix}", rows)) == load(write("reference.jsonl", rows))
+    assert ids(load(write(f"rows.{suffix}", rows))) == ["a", "b"]
+
+
+def test_a_folder_is_read_in_name_order_and_other_files_are_left_alone(write, tmp_path):
+    write("folder/2.jsonl.gz", [{**PAIR, "id": "c"}])
+    write("folder/1.jsonl", [PAIR, {**PAIR, "id": "b"}])
+    (tmp_path / "folder" / "README.md").write_text("not rows")
+    assert ids(load_pairs(str(tmp_path / "folder"))) == ["a", "b", "c"]
+
+
+def test_a_list_of_paths_is_read_in_its_own_order(write):
+    first, second = write("1.jsonl", [PAIR]), write("2.jsonl", [{**PAIR, "id": "b"}])
+    assert ids(load_pairs([second, first])) == ["b", "a"]
+
+
+def test_blank_lines_are_skipped_and_still_counted(write):
+    assert ids(load_pairs(write("rows.jsonl", ["", PAIR, "  "]))) == ["a"]
+    path = write("rows.jsonl", ["", PAIR, "", {**PAIR, "id": 7}])
+    with pytest.raises(DataError, match=re.escape(f"{path}:4: field `id`")):
+        load_pairs(path)
+
+
+def test_ratings_stay_on_their_own_scale_and_null_is_missing(write):
+    (row,) = ratings_of(
+        write("rows.jsonl", [{**RATING, "ratings": {"honesty": 4, "safety": None}}])
+    )
+    assert row.ratings == {"honesty": 4.0}
+    assert (row.source, row.category, row.split) == ("s", "", None)
+
+
+def test_an_objective_that_only_some_parquet_rows_rate_is_missing_in_the_others(write):
+    rows = [RATING, {**RATING, "id": "b", "ratings": {"safety": 2.0}}]
+    loaded = ratings_of(write("rows.parquet", rows))
+    assert [row.ratings for row in loaded] == [{"honesty": 4.0}, {"safety": 2.0}]
+
+
+def test_turns_before_the_answer_are_the_prompt(write):
+    messages = [{"role": "system", "content": "Be brief."}, USER, ANSWER, USER, ANSWER]
+    (row,) = ratings_of(write("rows.jsonl", [{**RATING, "messages": messages}]))
+    assert [turn.role for turn in row.prompt] == ["system", "user", "assistant", "user"]
+    assert row.responses == ("In water.",)
+
+
+def test_optional_fields_are_kept(write):
+    (row,) = load_pairs(
+        write("rows.jsonl", [{**PAIR, "margin": 2, "category": "how_to", "split": "test"}])
+    )
+    assert (row.margin, row.category, row.split) == (2.0, "how_to", "test")
+
+
+def test_line_separators_inside_a_text_do_not_split_the_row(write):
+    text = "one\u2028two\u0085three\r\nfour"
+    line = json.dumps({**PAIR, "chosen": text}, ensure_ascii=False)
+    assert load_pairs(write("rows.jsonl", [line]))[0].chosen == text
+
+
+BAD_ROWS = {
+    "rating above the scale": (
+        ratings_of,
+        {**RATING, "ratings": {"honesty": 6}},
+        "rating 6 of 'honesty' is outside its scale 1 to 5",
+    ),
+    "rating below the scale": (
+        ratings_of,
+        {**RATING, "ratings": {"safety": 0.5}},
+        "rating 0.5 of 'safety' is outside",
+    ),
+    "NaN rating": (
+        ratings_of,
+        {**RATING, "ratings": {"honesty": float("nan")}},
+        "rating of 'honesty' is nan; leave a missing rating out",
+    ),
+    "infinite rating": (
+        ratings_of,
+        {**RATING, "ratings": {"honesty": float("inf")}},
+        "rating of 'honesty' is inf",
+    ),
+    "rating beyond every float": (
+        ratings_of,
+        {**RATING, "ratings": {"honesty": 10**400}},
+        "of 'honesty'",
+    ),
+    "boolean rating": (
+        ratings_of,
+        {**RATING, "ratings": {"honesty": True}},
+        "rating of 'honesty' is not a number: True",
+    ),
+    "rating in words": (
+        ratings_of,
+        {**RATING, "ratings": {"honesty": "4"}},
+        "rating of 'honesty' is not a number: '4'",
+    ),
+    "undeclared objective": (
+        ratings_of,
+        {**RATING, "ratings": {"humour": 4}},
+        "objective 'humour' is not declared; add it to `data.objectives`",
+    ),
+    "last message not the assistant's": (
+        ratings_of,
+        {**RATING, "messages": [USER, ANSWER, USER]},
+        "the last of `messages` must be the assistant's answer",
+    ),
+    "no messages": (ratings_of, {**RATING, "messages": []}, "the last of `messages`"),
+    "only an answer": (ratings_of, {**RATING, "messages": [ANSWER]}, "no user turn with text"),
+    "unknown role": (
+        ratings_of,
+        {**RATING, "messages": [{**USER, "role": "human"}, ANSWER]},
+        "role 'human' is not one of",
+    ),
+    "message without content": (
+        ratings_of,
+        {**RATING, "messages": [{"role": "user"}, ANSWER]},
+        "field `content` is missing",
+    ),
+    "message not an object": (
+        ratings_of,
+        {**RATING, "messages": ["hello", ANSWER]},
+        "`messages[0]` must be an object",
+    ),
+    "empty answer": (
+        ratings_of,
+        {**RATING, "messages": [USER, {**ANSWER, "content": " "}]},
+        "`response` is empty",
+    ),
+    "ratings not an object": (
+        ratings_of,
+        {**RATING, "ratings": [4]},
+        "field `ratings` must be a dict",
+    ),
+    "empty chosen": (load_pairs, {**PAIR, "chosen": "\n"}, "`chosen` is empty"),
+    "empty rejected": (load_pairs, {**PAIR, "rejected": ""}, "`rejected` is empty"),
+    "identical responses": (
+        load_pairs,
+        {**PAIR, "rejected": "In water. "},
+        "`chosen` and `rejected` are the same text",
+    ),
+    "margin in words": (load_pairs, {**PAIR, "margin": "big"}, "`margin` is not a number: 'big'"),
+    "NaN margin": (load_pairs, {**PAIR, "margin": float("nan")}, "`margin` is not a number"),
+    "unknown split": (
+        load_pairs,
+        {**PAIR, "split": "dev"},
+        "`split` must be train or test, got 'dev'",
+    ),
+    "prompt ends with the assistant": (
+        load_pairs,
+        {**PAIR, "prompt": [USER, ANSWER]},
+        "the prompt ends with an assistant turn",
+    ),
+    "list without responses": (load_lists, {**LIST, "responses": []}, "`responses` is empty"),
+    "list with an empty response": (
+        load_lists,
+        {**LIST, "responses": ["yes", ""]},
+        "`responses[1]` is empty",
+    ),
+    "response not a text": (
+        load_lists,
+        {**LIST, "responses": ["yes", 2]},
+        "`responses` must be a list of strings",
+    ),
+    "correct outside the list": (load_lists, {**LIST, "correct": [2]}, "`correct` [2] is outside"),
+    "correct in words": (load_lists, {**LIST, "correct": ["0"]}, "`correct`"),
+    "correct not a whole number": (load_lists, {**LIST, "correct": [0.5]}, "`correct`"),
+    "scorable of no known form": (
+        load_scorable,
+        {"prompt": [USER], "response": "yes"},
+        "needs `messages`, `chosen` and `rejected`, or `responses`",
+    ),
+    "scorable without an answer": (
+        load_scorable,
+        {"messages": [USER]},
+        "the last of `messages` must be the assistant's answer",
+    ),
+    "scorable with an empty response": (
+        load_scorable,
+        {"prompt": [USER], "responses": ["yes", " "]},
+        "is empty",
+    ),
+    "scorable without a rejected response": (
+        load_scorable,
+        {"prompt": [USER], "chosen": "yes"},
+        "field `rejected` is missing",
+    ),
+    "scorable without responses": (
+        load_scorable,
+        {"prompt": [USER], "responses": []},
+        "`responses`",
+    ),
+    "scorable response not a text": (
+        load_scorable,
+        {"prompt": [USER], "responses": ["yes", 2]},
+        "`responses",
+    ),
+}
+
+
+@pytest.mark.parametrize(("load", "bad", "words"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_is_named_by_file_and_line(write, load, bad, words):
+    good = {ratings_of: RATING, load_pairs: PAIR, load_lists: LIST, load_scorable: PAIR}[load]
+    path = write("rows.jsonl", [good, {"id": "b", **bad} if load is load_scorable else bad])
+    with pytest.raises(DataError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(words)):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("load", "row", "field"),
+    [
+        (load, row, field)
+        for load, row, fields in (
+            (ratings_of, RATING, ("id", "source", "messages", "ratings")),
+            (load_pairs, PAIR, ("id", "source", "prompt", "chosen", "rejected")),
+            (load_lists, LIST, ("id", "source", "prompt", "responses", "correct")),
+        )
+        for field in fields
+    ],
+)
+def test_a_missing_field_is_named_by_file_and_line(write, load, row, field):
+    path = write("rows.jsonl", [{name: row[name] for name in row if name != field}])
+    with pytest.raises(DataError, match=re.escape(f"{path}:1: field `{field}` is missing")):
+        load(path)
+
+
+def test_a_bad_parquet_row_is_named_by_its_number(write):
+    path = write("rows.parquet", [PAIR, {**PAIR, "id": "b", "chosen": " "}])
+    with pytest.raises(DataError, match=re.escape(f"{path} row 2: `chosen` is empty")):
+        load_pairs(path)
+
+
+def test_a_duplicate_id_is_named_with_both_places(write):
+    first = write("1.jsonl", [{**PAIR, "id": "b"}, PAIR])
+    second = write("2.jsonl.gz", [PAIR])
+    with pytest.raises(
+        DataError, match=re.escape(f"{second}:1: id 'a' stands at {first}:2 already")
+    ):
+        load_pairs([first, second])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"id": "a",}', "malformed JSON at column 12"),
+        ("plain text", "malformed JSON at column 1"),
+        ('["a"]', "not a JSON object"),
+        ("3", "not a JSON object"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("load", [ratings_of, load_scorable])
+def test_a_malformed_line_is_named_by_its_number(write, load, name, line, words):
+    path = write(name, [RATING, {**RATING, "id": "b"}, line])
+    with pytest.raises(DataError, match=re.escape(f"{path}:3: {words}")):
+        load(path)
+
+
+@pytest.mark.parametrize("load", [ratings_of, load_pairs, load_lists, load_scorable])
+def test_a_file_that_does_not_exist_is_named(tmp_path, load):
+    path = str(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match=re.escape(f"No such file or folder: {path}")):
+        load(path)
+
+
+def test_a_file_of_another_ending_is_an_error(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("id,source\n")
+    with pytest.raises(DataError, match=r"rows\.csv: needs one of the endings \.jsonl"):
+        load_pairs(str(path))
+
+
+def test_a_folder_without_data_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"no \.jsonl, \.jsonl\.gz, \.parquet file in this folder"):
+        load_pairs(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_pairs, load_scorable])
+def test_a_file_without_rows_is_an_error(write, load):
+    path = write("rows.jsonl", ["", " "])
+    with pytest.raises(DataError, match=re.escape(f"{path}: no rows")):
+        load(path)
+
+
+def test_a_truncated_gzip_file_is_an_error(write):
+    path = write("rows.jsonl.gz", [{**PAIR, "id": str(k)} for k in range(500)])
+    assert len(load_pairs(path)) == 500
+    whole = Path(path).read_bytes()
+    for kept in (len(whole) // 2, len(whole) - 1):
+        Path(path).write_bytes(whole[:kept])
+        with pytest.raises(DataError, match=re.escape(path) + r": unreadable after line \d+"):
+            load_pairs(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.parquet"])
+def test_a_file_that_is_not_what_its_ending_says_is_an_error(write, name):
+    path = write(name, [PAIR])
+    Path(path).write_bytes(b"plain text, not compressed")
+    with pytest.raises(DataError, match=re.escape(path)):
+        load_pairs(path)
+
+
+def test_a_corrupted_gzip_file_is_an_error(write):
+    path = write("rows.jsonl.gz", [{**PAIR, "id": str(k)} for k in range(500)])
+    with open(path, "r+b") as file:
+        file.seek(20)
+        file.write(b"\xff" * 10)
+    with pytest.raises(DataError, match=re.escape(path)):
+        load_pairs(path)
+
+
+def test_text_in_another_encoding_is_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps({**PAIR, "chosen": "Café"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(DataError, match=r"rows\.jsonl: unreadable .*utf-8"):
+        load_pairs(str(path))
+
+
+def test_scorable_rows_are_conversations_pairs_or_lists(write):
+    path = write(
+        "rows.jsonl",
+        [
+            {"messages": [USER, ANSWER], "id": "single"},
+            {"prompt": [USER], "chosen": "yes", "rejected": "no"},
+            {"prompt": [USER], "responses": ["one"], "id": "list"},
+        ],
+    )
+    rows = load_scorable(path)
+    assert [row.responses for row in rows] == [("In water.",), ("yes", "no"), ("one",)]
+    assert [row.single for row in rows] == [True, False, False]
+    assert [row.id for row in rows] == ["single", "1", "list"]
+    assert all(row.prompt == rows[0].prompt for row in rows)
+
+
+def test_scorable_rows_need_neither_ratings_nor_declared_objectives(write):
+    path = write("rows.jsonl", [{**RATING, "ratings": {"humour": 99}}])
+    assert ids(load_scorable(path)) == ["a"]
+
+
+def test_scorable_rows_are_numbered_on_across_files(write):
+    row = {"messages": [USER, ANSWER]}
+    paths = [write("1.jsonl", [row, row]), write("2.jsonl", [row])]
+    assert ids(load_scorable(paths)) == ["0", "1", "2"]
+
+
+def test_the_built_in_corpus_is_loaded_by_name():
+    assert len(load_pairs("builtin")) > 1000
+    assert len(load_lists("builtin")) > 300
+    assert len(load_ratings("builtin", objectives=BUILTIN_OBJECTIVES)) > 1000
+
+
+def test_the_built_in_corpus_combines_with_files(write):
+    rows = load_pairs(["builtin", write("rows.jsonl", [PAIR])])
+    assert rows[:-1] == load_pairs("builtin")
+    assert rows[-1].id == "a"

@@ -1,0 +1,284 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub.constants
+import pytest
+import torch
+from conftest import conversation, make_model
+from safetensors.torch import load_file, save_file
+
+from armo.artifacts import ArtifactError
+from armo.data.conversation import Message
+from armo.embed.backbone import BackboneError
+from armo.model.pretrained import ModelConfig, parse_messages
+from armo.model.reward_model import ArmoRewardModel
+
+FIELDS = ("score", "rewards", "adjusted", "gating_weights", "contributions")
+GOLDEN = [
+    conversation("How do I boil an egg?", "Put it in hot water for seven minutes."),
+    conversation("Name a dog.", "The lazy one!"),
+]
+MORE = [*GOLDEN, conversation("Is it safe? " * 30, "- one\n- two " * 30)]
+TENSORS = (
+    "head_weights",
+    "head_intercepts",
+    "adjusted_weights",
+    "adjusted_offset",
+    "beta",
+    "gate.hidden.0.weight",
+    "gate.hidden.0.bias",
+    "gate.output.weight",
+    "gate.constant",
+    "gate.mean",
+    "gate.scale",
+)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module", params=["encoder", "causal"])
+def made(request):
+    return make_model(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(scope="module")
+def saved(encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    make_model(encoder).save_pretrained(folder, golden=GOLDEN, card="# A card\n")
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of a saved model, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def load(folder):
+    return ArmoRewardModel.from_pretrained(folder, device="cpu", batch_tokens=256)
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def error_of(folder):
+    """The message of the one error that loading gives, which must fit on a line."""
+    with pytest.raises(ArtifactError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_saving_and_loading_gives_the_same_bits(made, tmp_path):
+    made.save_pretrained(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    before, after = made.score(MORE), loaded.score(MORE)
+    assert before.objectives == after.objectives
+    for name in FIELDS:
+        assert torch.equal(getattr(before, name), getattr(after, name))
+    assert made.compare("Hi", "Yes.", "No!") == loaded.compare("Hi", "Yes.", "No!")
+
+
+def test_saving_what_was_loaded_writes_the_same_files(saved, tmp_path):
+    load(saved).save_pretrained(tmp_path, golden=GOLDEN, card="# A card\n")
+    names = {file.name for file in saved.iterdir()}
+    assert names == {"config.json", "model.safetensors", "golden.json", "README.md"}
+    assert names == {file.name for file in tmp_path.iterdir()}
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_a_second_process_gives_the_same_bits(saved):
+    code = (
+        "import json, sys, torch, armo\n"
+        "torch.set_num_threads(int(sys.argv[2]))\n"
+        "model = armo.ArmoRewardModel.from_pretrained(\n"
+        "    sys.argv[1], device='cpu', batch_tokens=256)\n"
+        "out = model.score(json.loads(sys.argv[3]))\n"
+        f"print(json.dumps([getattr(out, name).tolist() for name in {FIELDS}]))\n"
+    )
+    threads = str(torch.get_num_threads())
+    done = subprocess.run(
+        [sys.executable, "-c", code, saved, threads, json.dumps(MORE)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    out = load(saved).score(MORE)
+    fresh = json.loads(done.stdout.splitlines()[-1])
+    assert fresh == [getattr(out, name).tolist() for name in FIELDS]
+
+
+def test_the_golden_conversations_of_an_untouched_folder_verify(saved):
+    assert load(saved).verify() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["score", "rewards", "gating_weights"])
+def test_a_changed_golden_output_does_not_verify(folder, name):
+    def change(golden):
+        row = golden[name]
+        if name == "score":
+            row[1] += 0.01
+        else:
+            row[1][0] += 0.01
+
+    change_json(folder / "golden.json", change)
+    with pytest.raises(ArtifactError, match=r"golden outputs deviate by 0\.01"):
+        load(folder).verify()
+
+
+def test_a_changed_golden_conversation_does_not_verify(folder):
+    def change(golden):
+        golden["conversations"][0][-1]["content"] = "Eat it raw."
+
+    change_json(folder / "golden.json", change)
+    with pytest.raises(ArtifactError, match="golden outputs deviate"):
+        load(folder).verify()
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_changed_tensor_does_not_verify(folder, name):
+    def change(tensors):
+        tensors[name] += torch.linspace(0.5, 1.5, tensors[name].numel()).view_as(tensors[name])
+
+    change_tensors(folder, change)
+    with pytest.raises(ArtifactError, match=r"golden outputs deviate|beta"):
+        load(folder).verify()
+
+
+def test_a_tensor_of_nan_does_not_verify(folder):
+    change_tensors(folder, lambda tensors: tensors["head_weights"].fill_(torch.nan))
+    with pytest.raises(ArtifactError, match=r"model\.safetensors|golden outputs deviate"):
+        load(folder).verify()
+
+
+def test_a_folder_without_golden_conversations_does_not_verify(encoder, tmp_path):
+    make_model(encoder).save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match="no golden conversations"):
+        load(tmp_path).verify()
+
+
+def test_a_model_that_was_never_loaded_does_not_verify(made):
+    with pytest.raises(ArtifactError, match="not loaded from a folder"):
+        made.verify()
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_missing_tensor_is_named(folder, name):
+    change_tensors(folder, lambda tensors: tensors.pop(name))
+    assert f"missing {name}" in error_of(folder)
+
+
+def test_an_unexpected_tensor_is_named(folder):
+    change_tensors(folder, lambda tensors: tensors.update(extra=torch.zeros(2)))
+    assert "unexpected extra" in error_of(folder)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder):
+    def change(tensors):
+        tensors["head_weights"] = tensors["head_weights"][:, :-1].contiguous()
+
+    change_tensors(folder, change)
+    assert "head_weights has shape [5, 31], needs [5, 32]" in error_of(folder)
+
+
+def test_all_tensors_that_are_wrong_are_named_at_once(folder):
+    def change(tensors):
+        del tensors["beta"]
+        tensors["extra"] = torch.zeros(2)
+
+    change_tensors(folder, change)
+    message = error_of(folder)
+    assert "missing beta" in message
+    assert "unexpected extra" in message
+
+
+def test_a_truncated_tensor_file_is_called_damaged(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-20])
+    assert "damaged safetensors file" in error_of(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    assert f"No such file: {folder / name}" in error_of(folder)
+
+
+@pytest.mark.parametrize("key", ["digest", "tokenizer_digest"])
+def test_another_backbone_is_refused(folder, key):
+    change_json(folder / "config.json", lambda config: config["backbone"].update({key: "0" * 64}))
+    with pytest.raises(BackboneError, match=r"expected 0{64}|not the expected one"):
+        load(folder)
+
+
+def test_a_backbone_that_is_nowhere_is_named(folder):
+    change_json(
+        folder / "config.json", lambda config: config["backbone"].update(id="no/such-model")
+    )
+    with pytest.raises(BackboneError, match="no backbone 'no/such-model'"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config.pop("objectives"), "'objectives' is missing"),
+        (lambda config: config.pop("backbone"), "'backbone' is missing"),
+        (lambda config: config.pop("gate"), "'gate' is missing"),
+        (lambda config: config["objectives"][0].pop("low"), "low"),
+        (lambda config: config["backbone"].pop("id"), "id"),
+        (lambda config: config["gate"].pop("dim"), "dim"),
+        (lambda config: config["gate"].update(objectives=4), "objectives"),
+        (lambda config: config["gate"].update(colour="red"), "colour"),
+        (lambda config: config.update(format=2), "not an armo model of format 1"),
+        (lambda config: config.update(model_type="bert"), "not an armo model of format 1"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_names_the_field(folder, change, message):
+    change_json(folder / "config.json", change)
+    error = error_of(folder)
+    assert str(folder / "config.json") in error
+    assert message in error
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_configuration_that_is_no_json_object_is_named(folder, text):
+    (folder / "config.json").write_text(text)
+    assert str(folder / "config.json") in error_of(folder)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "no-such-folder", "no-such/model"])
+def test_a_model_that_is_nowhere_is_named(path):
+    assert f"No model folder at {path}" in error_of(path)
+
+
+def test_the_configuration_keeps_every_declaration(saved, encoder):
+    config = ModelConfig.load(saved)
+    assert config.objectives == make_model(encoder).objectives
+    assert config.backbone == encoder.spec
+    assert config.backbone.digest is not None
+    assert config.gate == make_model(encoder).gate.shape
+
+
+def test_messages_are_parsed_alike_from_dicts_and_objects():
+    turns = (Message("user", "Hi"), Message("assistant", "Hello"))
+    assert parse_messages(conversation("Hi", "Hello")) == turns
+    assert parse_messages(turns) == turns

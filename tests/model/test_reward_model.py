@@ -1,0 +1,290 @@
+import math
+
+import pytest
+import torch
+from conftest import conversation, make_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from armo.data.conversation import Conversation, Message
+from armo.data.objectives import Objective, ObjectiveSet
+from armo.fit.decorrelation import RewardTransform
+from armo.fit.gating import GatingNetwork
+from armo.fit.heads import ObjectiveHeads
+from armo.model.reward_model import ArmoRewardModel
+
+FIELDS = ("score", "rewards", "adjusted", "gating_weights", "contributions")
+
+CONVERSATIONS = [
+    conversation("How do I boil an egg?", "Put it in hot water for seven minutes."),
+    conversation("How do I boil an egg?", "No."),
+    conversation("Name three dogs.", "- one\n- two\n- **three**"),
+    conversation("Is this safe? " * 30, "It warns of risks, and says what it cannot know. " * 20),
+    [
+        {"role": "system", "content": "Be honest."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello!"},
+        *conversation("The quick brown fox?", "It jumps over the lazy dog."),
+    ],
+]
+
+
+@pytest.fixture(scope="module", params=["encoder", "causal"])
+def model(request):
+    return make_model(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(scope="module")
+def out(model):
+    return model.score(CONVERSATIONS)
+
+
+def assert_same(first, second, **tolerance):
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(first, name), getattr(second, name), **tolerance)
+
+
+def embed_alone(backbone, messages):
+    """Prompt and response embedding of one conversation, in a batch of its own."""
+    turns = tuple(Message(**message) for message in messages)
+    prompts = backbone.embed_prompts([turns[:-1]]).values
+    responses = backbone.embed_responses([Conversation(turns[:-1], turns[-1].content)]).values
+    return prompts[0].double(), responses[0].double()
+
+
+def gate_slowly(gate, prompt):
+    hidden = (prompt - gate.mean) / gate.scale
+    for layer in gate.hidden:
+        hidden = (layer.weight @ hidden + layer.bias).clamp(min=0)
+    logits = ((gate.constant + gate.output.weight @ hidden) / gate.temperature).tolist()
+    total = sum(math.exp(logit) for logit in logits)
+    weights = [0.0] * gate.objectives
+    for column, logit in zip(gate.mixed.tolist(), logits, strict=True):
+        weights[column] = math.exp(logit) / total
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def test_scores_are_those_of_the_formula_written_the_slow_way(model, out):
+    for row, messages in enumerate(CONVERSATIONS):
+        prompt, response = embed_alone(model.backbone, messages)
+        weights = gate_slowly(model.gate, prompt)
+        adjusted = torch.stack(
+            [
+                sum(a * h for a, h in zip(matrix_row, response, strict=True)) + c
+                for matrix_row, c in zip(model.adjusted_weights, model.adjusted_offset, strict=True)
+            ]
+        )
+        score = sum(float(g * a) for g, a in zip(weights, adjusted, strict=True))
+        torch.testing.assert_close(out.gating_weights[row], weights, atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.adjusted[row], adjusted, atol=1e-5, rtol=0)
+        assert float(out.score[row]) == pytest.approx(score, abs=1e-5)
+
+
+def test_a_skipped_transform_would_give_other_scores(out):
+    skipped = (out.gating_weights * out.rewards).sum(1)
+    assert bool(((out.score - skipped).abs() > 0.01).all())
+
+
+def test_rewards_stay_raw(model, out):
+    for row, messages in enumerate(CONVERSATIONS):
+        _, response = embed_alone(model.backbone, messages)
+        raw = model.head_weights @ response + model.head_intercepts
+        torch.testing.assert_close(out.rewards[row], raw, atol=1e-5, rtol=0)
+
+
+def test_the_transform_is_applied_from_the_left_where_it_is_square(causal):
+    count = causal.dim
+    generator = torch.Generator().manual_seed(1)
+    names = tuple(f"objective {k}" for k in range(count))
+    matrix = torch.randn(count, count, generator=generator, dtype=torch.float64)
+    nothing = torch.zeros(count, dtype=torch.float64)
+    square = ArmoRewardModel(
+        objectives=ObjectiveSet(tuple(Objective(name, 0, 1) for name in names)),
+        backbone=causal,
+        heads=ObjectiveHeads(names, 2 * matrix, nothing),
+        transform=RewardTransform(names, matrix, nothing),
+        gate=GatingNetwork(dim=count, objectives=count, mixed=range(count)),
+        beta=1.0,
+    )
+    h = torch.randn(3, count, generator=generator, dtype=torch.float64)
+    out = square.score_embeddings(h, h)
+    for row in range(3):
+        torch.testing.assert_close(out.adjusted[row], matrix @ h[row])
+        torch.testing.assert_close(out.rewards[row], 2 * matrix @ h[row])
+        assert not torch.allclose(out.adjusted[row], matrix.T @ h[row])
+
+
+def test_contributions_sum_to_the_score(out):
+    torch.testing.assert_close(out.contributions.sum(1), out.score, atol=1e-9, rtol=0)
+    torch.testing.assert_close(out.gating_weights * out.adjusted, out.contributions)
+
+
+def test_gating_weights_lie_on_the_simplex_of_the_mixed_objectives(model, out):
+    assert bool((out.gating_weights >= 0).all())
+    torch.testing.assert_close(out.gating_weights.sum(1), torch.ones(len(out.score)).double())
+    assert not bool(out.gating_weights[:, model.objectives.bias_indices].any())
+
+
+def test_responses_to_one_prompt_share_their_gating_weights_and_prompts_do_not(out):
+    assert torch.equal(out.gating_weights[0], out.gating_weights[1])
+    assert not torch.allclose(out.gating_weights[0], out.gating_weights[2], atol=1e-3)
+
+
+def test_scores_do_not_depend_on_the_batch_size(model, out):
+    alone = model.score(CONVERSATIONS, batch_size=1)
+    assert_same(alone, model.score(CONVERSATIONS, batch_size=64), atol=1e-5, rtol=0)
+    assert_same(alone, out, atol=1e-5, rtol=0)
+
+
+def test_scores_follow_their_conversations_in_any_order(model, out):
+    order = [3, 1, 4, 0, 2]
+    shuffled = model.score([CONVERSATIONS[k] for k in order])
+    for name in FIELDS:
+        torch.testing.assert_close(
+            getattr(shuffled, name), getattr(out, name)[order], atol=1e-5, rtol=0
+        )
+
+
+def test_no_conversations_give_no_scores(model):
+    assert model.score([]).contributions.shape == (0, 5)
+
+
+def test_messages_may_be_objects_as_well_as_dicts(model, out):
+    turns = [[Message(**message) for message in messages] for messages in CONVERSATIONS]
+    assert_same(model.score(turns), out, atol=0, rtol=0)
+
+
+def test_rewards_on_the_rating_scale_follow_each_declared_scale(model, out):
+    rated = model.score(CONVERSATIONS, scale="rating")
+    for k, objective in enumerate(model.objectives.objectives):
+        for unit, rating in zip(out.rewards[:, k], rated.rewards[:, k], strict=True):
+            share = float(unit) if objective.higher_is_better else 1 - float(unit)
+            expected = objective.low + share * (objective.high - objective.low)
+            assert float(rating) == pytest.approx(expected)
+    for name in ("score", "adjusted", "gating_weights", "contributions"):
+        assert torch.equal(getattr(rated, name), getattr(out, name))
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=2))
+def test_given_weights_replace_those_of_the_gate_and_are_normalised(encoder, given):
+    model = make_model(encoder)
+    h = torch.randn(4, encoder.dim, generator=torch.Generator().manual_seed(0))
+    mixed = model.score_embeddings(h, h, weights=dict(zip(("honesty", "harm"), given, strict=True)))
+    expected = torch.tensor([0, *given, 0, 0], dtype=torch.float64) / sum(given)
+    torch.testing.assert_close(mixed.gating_weights, expected.expand(4, -1))
+    torch.testing.assert_close(mixed.score, mixed.adjusted @ expected)
+
+
+def test_given_weights_reach_the_score_of_text(model, out):
+    mixed = model.score(CONVERSATIONS, weights={"honesty": 2, "verbosity": 2})
+    torch.testing.assert_close(mixed.score, (out.adjusted[:, 1] + out.adjusted[:, 3]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"charm": 1.0}, "Unknown objective 'charm'; there are helpfulness"),
+        ({"honesty": 2.0, "harm": -1.0}, "must not be negative"),
+        ({"honesty": 0.0}, "not all zero"),
+        ({}, "not all zero"),
+        ({"honesty": math.nan}, "`weights`"),
+        ({"honesty": math.inf}, "`weights`"),
+    ],
+)
+def test_weights_that_make_no_mix_are_refused(model, weights, message):
+    with pytest.raises(ValueError, match=message):
+        model.score(CONVERSATIONS, weights=weights)
+
+
+def test_score_responses_is_score_with_the_prompt_repeated(model):
+    responses = ["Yes.", "No, and here is why.", "- one\n- two"]
+    together = model.score_responses("Is it safe?", responses)
+    apart = model.score([conversation("Is it safe?", response) for response in responses])
+    assert_same(together, apart, atol=0, rtol=0)
+
+
+def test_a_text_prompt_is_one_user_turn(model):
+    text = model.score_responses("Hello", ["Hi!"])
+    turn = model.score_responses([{"role": "user", "content": "Hello"}], ["Hi!"])
+    assert_same(text, turn, atol=0, rtol=0)
+
+
+def test_the_reasons_of_a_comparison_sum_to_its_score_difference(model):
+    out = model.score_responses("Is it safe?", ["Yes.", "No, it warns of risks!"])
+    comparison = model.compare("Is it safe?", "Yes.", "No, it warns of risks!")
+    difference = float(out.score[0] - out.score[1])
+    assert comparison.score_difference == pytest.approx(difference, abs=1e-9)
+    assert sum(comparison.reasons.values()) == pytest.approx(difference, abs=1e-9)
+    for k, name in enumerate(model.objectives.names):
+        expected = float(out.contributions[0, k] - out.contributions[1, k])
+        assert comparison.reasons[name] == pytest.approx(expected, abs=1e-9)
+    sizes = [abs(reason) for reason in comparison.reasons.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[1] > 0
+
+
+def test_the_probability_of_a_comparison_is_the_sigmoid_of_the_scaled_difference(model):
+    comparison = model.compare("Is it safe?", "Yes.", "No, it warns of risks!")
+    scaled = float(model.beta) * comparison.score_difference
+    assert float(model.beta) == 2.0
+    assert comparison.probability == pytest.approx(1 / (1 + math.exp(-scaled)))
+
+
+def test_swapping_the_responses_of_a_comparison_negates_it(model):
+    forth = model.compare("Is it safe?", "Yes.", "No, it warns of risks!")
+    back = model.compare("Is it safe?", "No, it warns of risks!", "Yes.")
+    assert back.score_difference == pytest.approx(-forth.score_difference, abs=1e-9)
+    assert back.probability == pytest.approx(1 - forth.probability)
+    for name, reason in forth.reasons.items():
+        assert back.reasons[name] == pytest.approx(-reason, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (conversation("Hi", "  "), "conversation 1: `response` is empty"),
+        (conversation("", "Hello"), "conversation 1: the prompt has no user turn"),
+        (conversation("Hi", "Hello")[:1], "conversation 1: the last message must be"),
+        ([], "conversation 1: the last message must be"),
+        ([{"role": "robot", "content": "Hi"}], "conversation 1: role 'robot'"),
+        ([{"role": "user"}], "conversation 1: message 0 needs `role` and `content`"),
+        ([{"role": "user", "content": 7}], "conversation 1: message 0: `content` must be text"),
+        (conversation("Hi", "Hello")[1:], "conversation 1: .*no user turn"),
+    ],
+)
+def test_a_conversation_that_cannot_be_scored_is_named(model, messages, message):
+    with pytest.raises(ValueError, match=message):
+        model.score([CONVERSATIONS[0], messages])
+
+
+def test_an_empty_response_among_several_is_refused(model):
+    with pytest.raises(ValueError, match="`response` is empty"):
+        model.score_responses("Hi", ["Hello", ""])
+
+
+def test_parts_with_other_objectives_do_not_join(model, encoder):
+    parts = make_model(encoder)
+    names = parts.objectives.names[::-1]
+    with pytest.raises(ValueError, match="The parts have other objectives"):
+        ArmoRewardModel(
+            objectives=parts.objectives,
+            backbone=encoder,
+            heads=ObjectiveHeads(names, parts.head_weights, parts.head_intercepts),
+            transform=RewardTransform(names, parts.adjusted_weights, parts.adjusted_offset),
+            gate=parts.gate,
+            beta=1.0,
+        )
+
+
+def test_heads_of_another_width_do_not_join(encoder, causal):
+    parts = make_model(encoder)
+    names = parts.objectives.names
+    with pytest.raises(ValueError, match="embeddings of width 32, the backbone gives 16"):
+        ArmoRewardModel(
+            objectives=parts.objectives,
+            backbone=causal,
+            heads=ObjectiveHeads(names, parts.head_weights, parts.head_intercepts),
+            transform=RewardTransform(names, parts.adjusted_weights, parts.adjusted_offset),
+            gate=parts.gate,
+            beta=1.0,
+        )

@@ -1,0 +1,365 @@
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import scipy.stats
+import torch
+from conftest import make_model
+from sklearn.linear_model import LogisticRegression
+
+from armo.data.conversation import (
+    Conversation,
+    Message,
+    PreferencePair,
+    RatedResponse,
+    ResponseList,
+    prompt_group,
+)
+from armo.data.surface import FORMAT_FEATURES, SURFACE_FEATURES, surface_features
+from armo.embed.extract import EmbeddedData, embed_rows
+from armo.fit.decorrelation import RewardTransform
+from armo.fit.heads import ObjectiveHeads
+from armo.report.evaluate import DECIDED, Evaluation, Mix, Table, evaluate, style_differences
+from armo.report.metrics import bootstrap_interval
+
+WORDS = ("egg", "dog", "fox", "honest", "risk", "water", "**bold**", "lazy!", "\n- item", "seven")
+CATEGORIES = ("code", "advice", "")
+
+
+def _text(generator, *, most=20):
+    return "Say " + " ".join(generator.choices(WORDS, k=generator.randint(1, most)))
+
+
+@dataclass
+class Case:
+    """Random rows with their embeddings, parts to score them with, and the evaluation."""
+
+    ratings: list[RatedResponse]
+    pairs: list[PreferencePair]
+    lists: list[ResponseList]
+    splits: dict[str, str]
+    data: EmbeddedData
+    backbone: Any
+    heads: ObjectiveHeads
+    mix: Mix
+    other: Mix
+    constant: torch.Tensor
+    evaluation: Evaluation
+    embedded: dict = field(default_factory=dict)
+
+    def test_side(self, rows):
+        return [row for row in rows if self.splits[prompt_group(row.prompt)] == "test"]
+
+    def embed(self, prompt, response):
+        """The response's embedding in a batch of its own."""
+        talk = Conversation(prompt, response)
+        if talk not in self.embedded:
+            self.embedded[talk] = self.backbone.embed_responses([talk]).values[0].double()
+        return self.embedded[talk]
+
+    def adjusted(self, prompt, response, *, mix):
+        return mix.transform.matrix @ self.embed(prompt, response) + mix.transform.offset
+
+    def weights(self, prompt, *, mix):
+        if prompt not in self.embedded:
+            self.embedded[prompt] = self.backbone.embed_prompts([prompt]).values
+        with torch.no_grad():
+            return mix.gate(self.embedded[prompt])[0].double()
+
+    def score(self, prompt, response, *, mix):
+        adjusted = self.adjusted(prompt, response, mix=mix)
+        return float(self.weights(prompt, mix=mix) @ adjusted)
+
+
+def _rows():
+    generator = random.Random(0)
+    ratings, pairs, lists, splits = [], [], [], {}
+    for k in range(24):
+        prompt = (Message("user", f"Question {k}: " + _text(generator)),)
+        splits[prompt_group(prompt)] = "test" if k % 2 else "train"
+        category = CATEGORIES[k % 3]
+        for n in range(2):
+            rated = {"helpfulness": generator.randint(1, 5), "harm": generator.randint(0, 10)}
+            talk = Conversation(prompt, _text(generator))
+            ratings.append(RatedResponse(f"r{k}-{n}", "test", talk, rated, category))
+            texts = _text(generator), _text(generator)
+            pairs.append(PreferencePair(f"p{k}-{n}", "test", prompt, *texts, category=category))
+        texts = _text(generator), _text(generator, most=30)
+        kind = ("length", "format")[k // 2 % 2]
+        lists.append(ResponseList(f"l{k}", "test", prompt, texts, category=kind))
+    return ratings, pairs, lists, splits
+
+
+def _evaluate(data, *, heads, mix, other, constant):
+    return evaluate(
+        data,
+        heads=heads,
+        mix=mix,
+        undecorrelated=other,
+        constant_weights=constant,
+        deviation=1e-6,
+        seed=3,
+    )
+
+
+def _embed(folder, backbone, rows):
+    ratings, pairs, lists, splits = rows
+    embed_rows(
+        folder,
+        backbone=backbone,
+        objectives=make_model(backbone).objectives,
+        ratings=ratings,
+        pairs=pairs,
+        lists=lists,
+        splits=splits,
+        shard_rows=50,
+    )
+    return EmbeddedData.load(folder)
+
+
+@pytest.fixture(scope="module")
+def case(encoder, tmp_path_factory):
+    rows = _rows()
+    data = _embed(tmp_path_factory.mktemp("data"), encoder, rows)
+    mixes = []
+    for seed in (0, 1):
+        model = make_model(encoder, seed=seed)
+        transform = RewardTransform(
+            data.objectives.names, model.adjusted_weights, model.adjusted_offset
+        )
+        mixes.append(Mix(transform, model.gate, (2.0, 0.5)[seed]))
+    model = make_model(encoder)
+    heads = ObjectiveHeads(data.objectives.names, model.head_weights, model.head_intercepts)
+    parts = {
+        "heads": heads,
+        "mix": mixes[0],
+        "other": mixes[1],
+        "constant": torch.tensor([0.5, 0.2, 0.3, 0.0, 0.0], dtype=torch.float64),
+    }
+    return Case(*rows, data=data, backbone=encoder, **parts, evaluation=_evaluate(data, **parts))
+
+
+def rows_of(case, name, key):
+    table = case.evaluation.table(name)
+    return {
+        row[table.columns.index(key)]: dict(zip(table.columns, row, strict=True))
+        for row in table.rows
+    }
+
+
+def style_rival(case, names):
+    """Test pairs' score differences of scikit-learn's logistic regression on some features."""
+    columns = [SURFACE_FEATURES.index(name) for name in names]
+
+    def differences(pairs):
+        first = surface_features([pair.chosen for pair in pairs])
+        return (first - surface_features([pair.rejected for pair in pairs]))[:, columns]
+
+    train = [pair for pair in case.pairs if pair not in case.test_side(case.pairs)]
+    x, new = differences(train), differences(case.test_side(case.pairs))
+    spread = x.square().mean(0).sqrt()
+    kept = spread > 0
+    x, new = x[:, kept] / spread[kept], new[:, kept] / spread[kept]
+    model = LogisticRegression(fit_intercept=False, max_iter=1000)
+    model.fit(torch.cat([x, -x]), [1] * len(x) + [0] * len(x))
+    return model.decision_function(new).tolist()
+
+
+def mean_credit(differences):
+    return sum(1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in differences) / len(differences)
+
+
+def test_the_accuracy_of_every_rival_is_that_of_a_slow_recomputation(case):
+    pairs = case.test_side(case.pairs)
+    uniform = torch.tensor([1, 1, 1, 0, 0], dtype=torch.float64) / 3
+
+    def by_score(mix):
+        return [
+            case.score(p.prompt, p.chosen, mix=mix) - case.score(p.prompt, p.rejected, mix=mix)
+            for p in pairs
+        ]
+
+    def by_weights(weights):
+        return [
+            float(weights @ case.adjusted(p.prompt, p.chosen, mix=case.mix))
+            - float(weights @ case.adjusted(p.prompt, p.rejected, mix=case.mix))
+            for p in pairs
+        ]
+
+    expected = {
+        "gated score": by_score(case.mix),
+        "best constant mix": by_weights(case.constant),
+        "uniform mix": by_weights(uniform),
+        "gated score, not decorrelated": by_score(case.other),
+        "length only": style_rival(case, ["log_length"]),
+        "format only": style_rival(case, FORMAT_FEATURES),
+        "length and format": style_rival(case, ["log_length", *FORMAT_FEATURES]),
+    }
+    rivals = rows_of(case, "rivals", "score")
+    assert list(rivals) == list(expected)
+    own = mean_credit(expected["gated score"])
+    for name, differences in expected.items():
+        assert rivals[name]["accuracy"] == pytest.approx(mean_credit(differences))
+        if name != "gated score":
+            gain = own - mean_credit(differences)
+            assert rivals[name]["gate is ahead by"] == pytest.approx(gain)
+    assert len({row["accuracy"] for row in rivals.values()}) > 3
+
+
+def test_the_intervals_of_the_rivals_are_over_prompts(case):
+    pairs = case.test_side(case.pairs)
+    credit = [
+        float(
+            case.score(p.prompt, p.chosen, mix=case.mix)
+            > case.score(p.prompt, p.rejected, mix=case.mix)
+        )
+        for p in pairs
+    ]
+    groups = torch.tensor([int(pair.id[1:].split("-")[0]) for pair in pairs])
+    expected = bootstrap_interval(torch.tensor(credit), groups, seed=3)
+    row = rows_of(case, "rivals", "score")["gated score"]
+    assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
+    assert "24 test pairs on 12 prompts" in case.evaluation.table("rivals").note
+
+
+def test_kinds_show_accuracy_and_mean_gating_weights_of_their_pairs(case):
+    kinds = rows_of(case, "kinds", "kind")
+    assert set(kinds) == {"code", "advice", "(none)"}
+    for category in CATEGORIES:
+        pairs = [pair for pair in case.test_side(case.pairs) if pair.category == category]
+        row = kinds[category or "(none)"]
+        assert row["pairs"] == len(pairs) == 8
+        weights = torch.stack([case.weights(pair.prompt, mix=case.mix) for pair in pairs]).mean(0)
+        shown = [row[name] for name in ("helpfulness", "honesty", "harm")]
+        assert shown == pytest.approx(weights[:3].tolist(), abs=1e-5)
+        assert sum(shown) == pytest.approx(1.0)
+        credit = mean_credit(
+            [
+                case.score(p.prompt, p.chosen, mix=case.mix)
+                - case.score(p.prompt, p.rejected, mix=case.mix)
+                for p in pairs
+            ]
+        )
+        assert row["accuracy"] == pytest.approx(credit)
+        assert "verbosity" not in row
+
+
+def test_counterfactuals_move_the_score_by_what_the_text_says(case):
+    pairs = case.test_side(case.pairs)
+    rows = rows_of(case, "counterfactuals", "pattern")
+    assert set(rows) == {"length", "format", "all"}
+    for which, mix in (("before", case.other), ("after", case.mix)):
+        reference = [case.score(p.prompt, p.chosen, mix=mix) for p in pairs]
+        reference += [case.score(p.prompt, p.rejected, mix=mix) for p in pairs]
+        spread = float(torch.tensor(reference).std())
+        for pattern, row in rows.items():
+            lists = [r for r in case.test_side(case.lists) if pattern in (r.category, "all")]
+            moved = torch.tensor(
+                [
+                    case.score(r.prompt, r.responses[1], mix=mix)
+                    - case.score(r.prompt, r.responses[0], mix=mix)
+                    for r in lists
+                ]
+            )
+            likely = torch.sigmoid(mix.beta * moved.abs())
+            assert row["pairs"] == len(lists)
+            assert row[f"moved, {which}"] == pytest.approx(
+                float(moved.abs().mean()) / spread, abs=1e-4
+            )
+            assert row[f"towards style, {which}"] == pytest.approx(
+                float(moved.mean()) / spread, abs=1e-4
+            )
+            assert row[f"decided, {which}"] == float((likely >= DECIDED).double().mean())
+
+
+def test_rewards_are_compared_with_ratings_on_the_scale_of_the_source(case):
+    objectives = case.data.objectives
+    table = rows_of(case, "objectives", "objective")
+    rated = case.test_side(case.ratings)
+    train = [row for row in case.ratings if row not in rated]
+    for name in ("helpfulness", "harm"):
+        k = objectives.index(name)
+        objective = objectives.objectives[k]
+        units = torch.stack(
+            [
+                case.heads.weights[k] @ case.embed(row.prompt, row.responses[0])
+                + case.heads.intercepts[k]
+                for row in rated
+            ]
+        )
+        predicted = torch.tensor([objective.from_unit(float(unit)) for unit in units])
+        truth = torch.tensor([float(row.ratings[name]) for row in rated])
+        mean = torch.tensor([float(row.ratings[name]) for row in train]).mean()
+        rank = scipy.stats.spearmanr(predicted, truth).statistic
+        assert table[name]["ratings"] == len(rated)
+        if not objective.higher_is_better:
+            assert objective.from_unit(1.0) == objective.low
+        assert table[name]["Spearman"] == pytest.approx(rank, abs=1e-3)
+        assert table[name]["error"] == pytest.approx(float((predicted - truth).abs().mean()), 1e-4)
+        assert table[name]["error of the mean"] == pytest.approx(float((mean - truth).abs().mean()))
+    assert table["honesty"]["ratings"] == 0
+    assert table["honesty"]["Spearman"] is None
+
+
+def test_the_style_table_shows_rank_correlations_of_the_score_before_and_after(case):
+    pairs = case.test_side(case.pairs)
+    texts = list(dict.fromkeys((p.prompt, text) for p in pairs for text in p.responses))
+    lengths = surface_features([text for _, text in texts])[:, 0]
+    row = case.evaluation.table("style").rows[0]
+    assert row[:2] == ("score", "log_length")
+    for column, mix in ((4, case.other), (5, case.mix)):
+        scores = [case.score(*text, mix=mix) for text in texts]
+        assert row[column] == pytest.approx(scipy.stats.spearmanr(scores, lengths).statistic)
+
+
+def test_style_differences_are_those_of_scikit_learn(case):
+    tables = case.data.tables
+    train, test = (~tables.pairs_test).nonzero()[:, 0], tables.pairs_test.nonzero()[:, 0]
+    chosen, rejected = tables.pairs_chosen, tables.pairs_rejected
+    ours = style_differences(tables.covariates, chosen, rejected, train, test)
+    assert ours.tolist() == pytest.approx(style_rival(case, SURFACE_FEATURES), abs=1e-6)
+
+
+def test_style_differences_change_sign_with_the_order_of_the_pair(case):
+    tables = case.data.tables
+    train, test = (~tables.pairs_test).nonzero()[:, 0], tables.pairs_test.nonzero()[:, 0]
+    chosen, rejected = tables.pairs_chosen, tables.pairs_rejected
+    forth = style_differences(tables.covariates, chosen, rejected, train, test)
+    swapped = chosen.clone(), rejected.clone()
+    swapped[0][test], swapped[1][test] = rejected[test], chosen[test]
+    torch.testing.assert_close(style_differences(tables.covariates, *swapped, train, test), -forth)
+
+
+def test_the_deviation_of_the_exported_model_is_reported(case):
+    assert case.evaluation.table("applied").rows[0][1] == 1e-6
+
+
+@pytest.mark.parametrize("length", [None, 3])
+def test_without_counterfactual_pairs_their_table_is_left_out(case, encoder, tmp_path, length):
+    lists = []
+    if length is not None:
+        prompt = case.test_side(case.pairs)[0].prompt
+        lists = [ResponseList("l", "test", prompt, ("Yes.", "No.", "Maybe.")[:length])]
+    data = _embed(tmp_path, encoder, (case.ratings, case.pairs, lists, case.splits))
+    evaluation = _evaluate(
+        data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
+    )
+    names = [table.name for table in evaluation.tables]
+    assert names == ["objectives", "rivals", "kinds", "style", "applied"]
+    with pytest.raises(KeyError, match="counterfactuals"):
+        evaluation.table("counterfactuals")
+
+
+def test_without_test_pairs_only_ratings_are_evaluated(case, encoder, tmp_path):
+    train = [pair for pair in case.pairs if pair not in case.test_side(case.pairs)]
+    data = _embed(tmp_path, encoder, (case.ratings, train, [], case.splits))
+    evaluation = _evaluate(
+        data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
+    )
+    assert [table.name for table in evaluation.tables] == ["objectives", "applied"]
+
+
+def test_a_table_gives_its_columns_by_name():
+    table = Table("t", "T", ("a", "b"), ((1, 2), (3, 4)))
+    assert table.column("b") == [2, 4]
