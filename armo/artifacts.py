@@ -56,6 +56,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"No such file: {path}") from None
+    except UnicodeDecodeError:
+        raise ArtifactError(f"{path}: not valid JSON: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ArtifactError(f"{path}: not valid JSON, line {error.lineno}: {error.msg}") from None
 

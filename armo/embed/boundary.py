@@ -5,11 +5,13 @@ character offsets. Token-id patterns are never searched for: a user may write a 
 text, and then a pattern finds the wrong place.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from armo.data.conversation import Conversation, Message, Prompt
@@ -18,6 +20,7 @@ PromptPosition = Literal["turn_end", "generation_prompt"]
 
 # Some templates print today's date, which would change every embedding from day to day.
 PINNED_DATE = datetime(2024, 7, 26)
+_STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 class BoundaryError(ValueError):
@@ -35,14 +38,24 @@ class SplitTokens:
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool
 ) -> str:
-    """Render messages with the tokenizer's chat template, dates pinned."""
-    text = tokenizer.apply_chat_template(
-        [{"role": message.role, "content": message.content} for message in messages],
-        tokenize=False,
-        add_generation_prompt=generation_prompt,
-        date_string=PINNED_DATE.strftime("%d %b %Y"),
-        strftime_now=PINNED_DATE.strftime,
+    """Render messages with the tokenizer's chat template, dates pinned.
+
+    Raises:
+        BoundaryError: If the template refuses the messages.
+    """
+    template = _STRFTIME_NOW.sub(
+        lambda found: repr(PINNED_DATE.strftime(found[2])), tokenizer.get_chat_template()
     )
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            date_string=PINNED_DATE.strftime("%d %b %Y"),
+        )
+    except TemplateError as error:
+        raise BoundaryError(f"the chat template refuses the messages: {error}") from None
     assert isinstance(text, str)
     return text
 

@@ -299,7 +299,9 @@ def _fill_store(
                 try:
                     result = embed(part)
                 except BackboneError as error:
-                    raise BackboneError(f"{title} {numbers.start} and after: {error}") from None
+                    if error.row is None:
+                        raise
+                    raise BackboneError(f"{_quote(part[error.row])}: {error}") from None
                 store.write(shard, embeddings=result.values, truncated=result.truncated)
             done += len(numbers)
             now = time.monotonic()
@@ -319,6 +321,13 @@ def _fill_store(
     cut = int(store.truncated().sum())
     if cut:
         logger.info("%s: %d of %d rows were cut to fit the backbone", title, cut, len(texts))
+
+
+def _quote(text: Any) -> str:
+    """Name a text so that its author finds it."""
+    if isinstance(text, Conversation):
+        return f"response {text.response[:60]!r} to {_quote(text.prompt)}"
+    return f"prompt {text[-1].content[:60]!r}"
 
 
 def _size(text: Any) -> int:
