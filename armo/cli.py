@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from rich.console import Console
@@ -53,7 +54,18 @@ def main() -> None:
     sys.argv = [f"armo {verb}", *sys.argv[2:]]
     # Progress bars of libraries for a model of a few megabytes only hide ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    VERBS[verb]()
+    # Hydra prints its own errors over many lines, unless it is asked to raise them.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        VERBS[verb]()
+    except HydraException as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"armo: error: {text}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _in_one_line(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -73,9 +85,7 @@ def _in_one_line(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], N
         except Exception as error:
             if HydraConfig.get().verbose:
                 raise
-            text = " ".join(str(error).split()) or type(error).__name__
-            print(f"armo: error: {text}", file=sys.stderr)
-            sys.exit(1)
+            _fail(error)
 
     return run
 

@@ -18,7 +18,9 @@ from rich.console import Console
 from torch import Tensor
 
 from armo.artifacts import (
+    MANIFEST,
     ArtifactError,
+    damaged_files,
     digest_file,
     digest_json,
     finish_artifact,
@@ -104,7 +106,12 @@ class Run:
         self.console.rule(f"[bold]{stage}[/bold]", align="left")
         if fresh and folder.exists():
             shutil.rmtree(folder)
-        (folder / "manifest.json").unlink(missing_ok=True)
+        if (folder / MANIFEST).is_file():
+            # A shard that was kept must be the one that was written.
+            for name in damaged_files(folder):
+                self.console.print(f"{folder / name} was damaged; it is made again")
+                (folder / name).unlink(missing_ok=True)
+            (folder / MANIFEST).unlink()
         folder.mkdir(parents=True, exist_ok=True)
         work(folder)
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}

@@ -12,6 +12,7 @@ from armo.artifacts import ArtifactError, read_json, read_tensors
 from armo.data.conversation import Message
 from armo.data.objectives import ObjectiveSet
 from armo.embed.backbone import BackboneSpec
+from armo.fit.gating import GatingNetwork
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -55,7 +56,11 @@ class ModelConfig:
         if not folder.is_dir():
             raise ArtifactError(f"No model folder at {folder}")
         values = read_json(path)
-        if values.get("model_type") != "armo" or values.get("format") != FORMAT:
+        if (
+            not isinstance(values, dict)
+            or values.get("model_type") != "armo"
+            or values.get("format") != FORMAT
+        ):
             raise ArtifactError(f"{path}: not an armo model of format {FORMAT}")
         try:
             return cls(
@@ -67,6 +72,24 @@ class ModelConfig:
             raise ArtifactError(f"{path}: field {error} is missing") from None
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"{path}: {error}") from None
+
+    def build_gate(self, path: Path) -> GatingNetwork:
+        """Build the gate that `config.json` describes, its weights still to be loaded.
+
+        Raises:
+            ArtifactError: If the description does not fit the objectives.
+        """
+        try:
+            gate = GatingNetwork(**self.gate)
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{path}: `gate`: {error}") from None
+        mixed = tuple(gate.mixed.tolist())
+        if gate.objectives != len(self.objectives.names) or mixed != self.objectives.mixed_indices:
+            raise ArtifactError(
+                f"{path}: `gate` mixes columns {list(mixed)} of {gate.objectives}, the objectives "
+                f"are columns {list(self.objectives.mixed_indices)} of {len(self.objectives.names)}"
+            )
+        return gate
 
 
 def load_weights(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

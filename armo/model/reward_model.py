@@ -157,7 +157,7 @@ class ArmoRewardModel(nn.Module):
         if not folder.is_dir():
             folder = _download(str(path), revision=revision)
         config = ModelConfig.load(folder)
-        gate = GatingNetwork(**config.gate)
+        gate = config.build_gate(folder / CONFIG)
         count, dim = len(config.objectives.names), gate.mean.shape[0]
         shapes: dict[str, Sequence[int]] = {
             "head_weights": [count, dim],
@@ -312,7 +312,9 @@ class ArmoRewardModel(nn.Module):
                 "conversations": conversations,
                 "score": out.score.tolist(),
                 "rewards": out.rewards.tolist(),
+                "adjusted": out.adjusted.tolist(),
                 "gating_weights": out.gating_weights.tolist(),
+                "beta": float(self.beta),
             },
         )
         if card is not None:
@@ -322,7 +324,7 @@ class ArmoRewardModel(nn.Module):
         """Score the golden conversations of the folder this model was loaded from again.
 
         Returns:
-            The largest absolute deviation of any score, reward or gating weight.
+            The largest absolute deviation of any score, reward, gating weight, or of `beta`.
 
         Raises:
             ArtifactError: If there are none, or the deviation is above `GOLDEN_TOLERANCE`.
@@ -333,14 +335,14 @@ class ArmoRewardModel(nn.Module):
         if not golden["conversations"]:
             raise ArtifactError(f"{self.folder / GOLDEN}: no golden conversations to verify with")
         out = self.score(golden["conversations"])
-        deviation = max(
-            float(
-                (getattr(out, name) - torch.tensor(golden[name], dtype=torch.float64)).abs().max()
-            )
-            for name in ("score", "rewards", "gating_weights")
-        )
+        pairs = [
+            (getattr(out, name), torch.tensor(golden[name], dtype=torch.float64))
+            for name in ("score", "rewards", "adjusted", "gating_weights")
+        ]
+        pairs.append((self.beta, torch.tensor(golden["beta"], dtype=torch.float64)))
+        deviation = float(torch.stack([(now - then).abs().max() for now, then in pairs]).max())
         tolerance = GOLDEN_TOLERANCE[self.backbone.spec.dtype]
-        if deviation > tolerance:
+        if not deviation <= tolerance:  # nor NaN
             raise ArtifactError(
                 f"{self.folder}: golden outputs deviate by {deviation:.2g}, more than "
                 f"{tolerance:g}: the backbone, a library or a file is not what the model was made "
@@ -383,8 +385,10 @@ class ArmoRewardModel(nn.Module):
         fixed = torch.zeros(len(self.objectives.names), dtype=torch.float64)
         for name, weight in weights.items():
             fixed[self.objectives.index(name)] = weight
-        if bool((fixed < 0.0).any()) or float(fixed.sum()) <= 0.0:
-            raise ValueError(f"`weights` must not be negative, and not all zero, got {weights}.")
+        if not bool(((fixed >= 0.0) & fixed.isfinite()).all()) or float(fixed.sum()) <= 0.0:
+            raise ValueError(
+                f"`weights` must not be negative, must be finite and not all zero, got {dict(weights)}."
+            )
         return fixed / fixed.sum()
 
 

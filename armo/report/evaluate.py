@@ -104,8 +104,8 @@ def evaluate(
             _category_table(data, after, constant_weights, seed=seed),
             _style_table(data, after, before),
         ]
-    if bool(data.tables.lists_test.any()):
-        tables.append(_counterfactual_table(data, after, before))
+        if pairs := _counterfactual_pairs(data):
+            tables.append(_counterfactual_table(data, after, before, pairs))
     tables.append(
         Table(
             "applied",
@@ -319,13 +319,24 @@ def _style_table(data: EmbeddedData, after: _Scored, before: _Scored) -> Table:
     )
 
 
-def _counterfactual_table(data: EmbeddedData, after: _Scored, before: _Scored) -> Table:
+def _counterfactual_pairs(data: EmbeddedData) -> list[tuple[int, int, int]]:
+    """Category, plain and styled response of each test list of two."""
     tables = data.tables
     pairs = []
     for number in tables.lists_test.nonzero()[:, 0].tolist():
-        responses = tables.lists_response[tables.lists_of == number]
+        responses = tables.lists_response[tables.lists_of == number].tolist()
         if len(responses) == 2:
-            pairs.append((int(tables.lists_category[number]), *responses.tolist()))
+            pairs.append((int(tables.lists_category[number]), responses[0], responses[1]))
+    return pairs
+
+
+def _counterfactual_table(
+    data: EmbeddedData,
+    after: _Scored,
+    before: _Scored,
+    pairs: Sequence[tuple[int, int, int]],
+) -> Table:
+    tables = data.tables
     kinds = torch.tensor([pair[0] for pair in pairs])
     plain = torch.tensor([pair[1] for pair in pairs])
     styled = torch.tensor([pair[2] for pair in pairs])

@@ -2,7 +2,7 @@
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,19 @@ def to_markdown(tables: Sequence[Table], *, title: str) -> str:
     parts = [f"# {title}"]
     for table in tables:
         lines = [
-            "| " + " | ".join(table.columns) + " |",
-            "| " + " | ".join("---" for _ in table.columns) + " |",
-            *("| " + " | ".join(cell(value) for value in row) + " |" for row in table.rows),
+            _markdown_row(table.columns),
+            _markdown_row(["---"] * len(table.columns)),
+            *(_markdown_row([cell(value) for value in row]) for row in table.rows),
         ]
         parts += [f"## {table.title}", "\n".join(lines)]
         if table.note:
             parts.append(table.note)
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    escaped = (" ".join(text.split()).replace("|", "\\|") for text in cells)
+    return "| " + " | ".join(escaped) + " |"
 
 
 def to_html(evaluation: Evaluation, *, title: str) -> str:
@@ -82,7 +87,7 @@ def to_html(evaluation: Evaluation, *, title: str) -> str:
             "<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>"
             for row in table.rows
         )
-        plot = _svg(plots[table.name](table)) if table.name in plots else ""
+        plot = _svg(plots[table.name], table) if table.name in plots else ""
         body.append(
             f"<section><h2>{html.escape(table.title)}</h2>{plot}"
             f"<p>{html.escape(table.note)}</p><details{'' if plot else ' open'}>"
@@ -164,10 +169,10 @@ def _plot_counterfactuals(table: Table) -> Figure:
     return figure
 
 
-def _svg(figure: Figure) -> str:
+def _svg(plot: Callable[[Table], Figure], table: Table) -> str:
     buffer = io.StringIO()
-    # A fixed salt and no date: the same results give the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "armo"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    # A fixed salt and no date: the same results give the same bytes. Names are no formulas.
+    with matplotlib.rc_context({"svg.hashsalt": "armo", "text.parse_math": False}):
+        plot(table).savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
