@@ -288,16 +288,14 @@ def fit_penalties(
         centred.T @ subtracted, (centred.T @ values)[:, None], driver="gelsd"
     ).solution[:, 0]
     penalties: Tensor = least_squares.clone()
+    ranks = [standard_ranks(column) for column in style.T]
     for _ in range(rounds):
-        remaining = values - subtracted @ penalties
-        reached = [
-            abs(spearman(remaining, style[:, b])) <= tolerance for b in range(style.shape[1])
-        ]
-        if all(reached):
+        remaining = standard_ranks(values - subtracted @ penalties)
+        if all(abs(float(remaining @ column)) <= tolerance for column in ranks):
             return penalties
-        for b in range(style.shape[1]):
+        for b, column in enumerate(ranks):
             without = values - subtracted @ penalties + penalties[b] * subtracted[:, b]
-            root = _root(without, subtracted[:, b], style[:, b], start=float(penalties[b]))
+            root = _root(without, subtracted[:, b], column, start=float(penalties[b]))
             if root is None:
                 break
             penalties[b] = root
@@ -325,10 +323,18 @@ def deviate(
 
 def spearman(first: Float[Tensor, " batch"], second: Float[Tensor, " batch"]) -> float:
     """Spearman's rank correlation, ties sharing their mean rank; 0 if either is constant."""
-    a, b = (torch.from_numpy(rankdata(v.numpy())) for v in (first, second))
-    a, b = a - a.mean(), b - b.mean()
-    norm = float(a.norm() * b.norm())
-    return float(a @ b) / norm if norm > 0.0 else 0.0
+    return float(standard_ranks(first) @ standard_ranks(second))
+
+
+def standard_ranks(values: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Ranks, centred and scaled to length 1, so that Spearman's correlation is a dot product.
+
+    Ties share their mean rank; constant values give zeros.
+    """
+    ranks = torch.from_numpy(rankdata(values.numpy()))
+    ranks = ranks - ranks.mean()
+    norm = ranks.norm()
+    return ranks / norm if float(norm) > 0.0 else ranks
 
 
 def save_transforms(
@@ -373,14 +379,14 @@ def load_transforms(folder: Path, *, decorrelated: bool = True) -> FittedTransfo
 def _root(
     values: Float[Tensor, " batch"],
     subtracted: Float[Tensor, " batch"],
-    style: Float[Tensor, " batch"],
+    ranks: Float[Tensor, " batch"],
     *,
     start: float,
 ) -> float | None:
-    """Find the penalty at which the correlation changes sign, or None."""
+    """Find the penalty at which the correlation with `ranks` changes sign, or None."""
 
     def correlation(penalty: float) -> float:
-        return spearman(values - penalty * subtracted, style)
+        return float(standard_ranks(values - penalty * subtracted) @ ranks)
 
     spread = float(subtracted.std())
     if spread == 0.0:
@@ -389,7 +395,8 @@ def _root(
     for _ in range(30):
         low, high = start - step, start + step
         if correlation(low) * correlation(high) <= 0.0:
-            root: float = brentq(correlation, low, high, xtol=1e-7 * step + 1e-15)
+            # Far finer than the tolerance of a correlation asks for.
+            root: float = brentq(correlation, low, high, xtol=1e-5 * step + 1e-15)
             return root
         step *= 2.0
     return None

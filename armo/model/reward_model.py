@@ -387,7 +387,8 @@ class ArmoRewardModel(nn.Module):
             fixed[self.objectives.index(name)] = weight
         if not bool(((fixed >= 0.0) & fixed.isfinite()).all()) or float(fixed.sum()) <= 0.0:
             raise ValueError(
-                f"`weights` must not be negative, must be finite and not all zero, got {dict(weights)}."
+                f"`weights` must not be negative, must be finite and not all zero, got "
+                f"{dict(weights)}."
             )
         return fixed / fixed.sum()
 
