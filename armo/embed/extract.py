@@ -288,36 +288,28 @@ def _fill_store(
         transient=False,
     ) as progress:
         # Characters, not rows, are the unit of work: rows differ in length a hundredfold.
-        sizes = [_size(text) for text in texts]
-        task = progress.add_task(title, total=sum(sizes), rows=f"0/{len(texts)}")
-        done = computed = 0
+        work = {shard: sum(_size(texts[n]) for n in store.shard_range(shard)) for shard in missing}
+        total, done, rows = sum(work.values()), 0, kept
+        task = progress.add_task(title, total=total, rows=f"{rows}/{len(texts)}")
         started = reported = time.monotonic()
-        for shard in range(store.shards):
+        for shard in missing:
             numbers = store.shard_range(shard)
-            if shard in missing:
-                part = [texts[n] for n in numbers]
-                try:
-                    result = embed(part)
-                except BackboneError as error:
-                    if error.row is None:
-                        raise
-                    raise BackboneError(f"{_quote(part[error.row])}: {error}") from None
-                store.write(shard, embeddings=result.values, truncated=result.truncated)
-            done += len(numbers)
+            part = [texts[n] for n in numbers]
+            try:
+                result = embed(part)
+            except BackboneError as error:
+                if error.row is None:
+                    raise
+                raise BackboneError(f"{_quote(part[error.row])}: {error}") from None
+            store.write(shard, embeddings=result.values, truncated=result.truncated)
             now = time.monotonic()
-            computed += len(numbers) if shard in missing else 0
-            rate = f", {computed / (now - started):.0f}/s" if computed else ""
-            progress.update(
-                task,
-                advance=sum(sizes[n] for n in numbers),
-                rows=f"{done}/{len(texts)}{rate}",
-            )
+            done, rows = done + work[shard], rows + len(numbers)
+            rate = (rows - kept) / (now - started)
+            progress.update(task, completed=done, rows=f"{rows}/{len(texts)}, {rate:.0f}/s")
             if not progress.console.is_terminal and now - reported > LOG_EVERY_S:
                 reported = now
-                left = progress.tasks[task].time_remaining
-                logger.info(
-                    "%s: %d of %d rows, about %.0f s left", title, done, len(texts), left or 0
-                )
+                left_s = (now - started) * (total - done) / done
+                logger.info("%s: %d of %d rows, about %.0f s left", title, rows, len(texts), left_s)
     cut = int(store.truncated().sum())
     if cut:
         logger.info("%s: %d of %d rows were cut to fit the backbone", title, cut, len(texts))

@@ -362,7 +362,8 @@ looks = st.tuples(
 @given(st.sampled_from(sorted(KINDS)), st.lists(looks, min_size=4, max_size=4))
 def test_pairs_have_a_clear_preference_and_add_up_their_imbalance(kind, drawn):
     responses = [corpus.Composed(str(number), *look) for number, look in enumerate(drawn)]
-    imbalance = torch.zeros(len(SURFACE_FEATURES))
+    features = len(SURFACE_FEATURES)
+    imbalance = torch.zeros(features + 2)  # and the signs of length and format
     picked = corpus._pairs(kind, responses, imbalance)
     clear = sum(
         abs(advantage(kind, one, two)) >= corpus.LEAST_MARGIN
@@ -370,12 +371,16 @@ def test_pairs_have_a_clear_preference_and_add_up_their_imbalance(kind, drawn):
     )
     assert len(picked) == min(clear, corpus.PAIRS_PER_PROMPT)
     assert len({frozenset((one.text, two.text)) for one, two, _ in picked}) == len(picked)
-    expected = torch.zeros(len(SURFACE_FEATURES))
+    expected, longer = torch.zeros(features), 0.0
     for chosen, rejected, margin in picked:
         assert margin == pytest.approx(advantage(kind, chosen, rejected))
         assert margin >= corpus.LEAST_MARGIN
-        expected += torch.tensor(chosen.surface) - torch.tensor(rejected.surface)
-    torch.testing.assert_close(imbalance * corpus.SURFACE_UNITS, expected, rtol=1e-4, atol=1e-4)
+        difference = torch.tensor(chosen.surface) - torch.tensor(rejected.surface)
+        expected += difference
+        longer += float(difference[0].sign())
+    scaled = imbalance[:features] * corpus.SURFACE_UNITS
+    torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-4)
+    assert float(imbalance[features]) == longer
 
 
 def test_preference_weights_sum_to_one_over_the_quality_objectives():

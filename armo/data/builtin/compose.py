@@ -195,7 +195,7 @@ def compose() -> dict[str, list[dict[str, Any]]]:
                 }
             )
         key = (prompt["kind"], side)
-        imbalance.setdefault(key, torch.zeros(len(SURFACE_UNITS)))
+        imbalance.setdefault(key, torch.zeros(len(SURFACE_UNITS) + 2))
         for k, (chosen, rejected, margin) in enumerate(
             _pairs(prompt["kind"], responses, imbalance[key])
         ):
@@ -399,9 +399,11 @@ def _pairs(
         chosen, rejected = (first, second) if margin > 0 else (second, first)
         gains = [chosen.ratings[name] - rejected.ratings[name] for name in weights]
         difference = torch.tensor(chosen.surface) - torch.tensor(rejected.surface)
-        candidates.append(
-            (chosen, rejected, abs(margin), min(gains) < 0, difference / SURFACE_UNITS)
-        )
+        scaled = difference / SURFACE_UNITS
+        # Which one is longer, and which more formatted, matters beside by how much.
+        signs = torch.stack([scaled[0].sign(), scaled[1:].sum().sign()])
+        balance = torch.cat([scaled, signs])
+        candidates.append((chosen, rejected, abs(margin), min(gains) < 0, balance))
     picked: list[tuple[Composed, Composed, float]] = []
     # Half of the pairs trade one objective for another: those are what a mix is tested by.
     for want_trade in [True, False] * (PAIRS_PER_PROMPT // 2):
