@@ -18,6 +18,7 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 CONFIG = {"version_base": "1.3", "config_path": "pkg://armo.conf"}
 
@@ -60,6 +61,9 @@ def main() -> None:
         VERBS[verb]()
     except HydraException as error:
         _fail(error)
+    except KeyboardInterrupt:
+        print("armo: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -77,7 +81,8 @@ def _in_one_line(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], N
         try:
             task(cfg)
         except KeyboardInterrupt:
-            print("armo: interrupted; the same command goes on where it was", file=sys.stderr)
+            resumes = "; the same command goes on where it was" if task.__name__ == "train" else ""
+            print(f"armo: interrupted{resumes}", file=sys.stderr)
             sys.exit(130)
         except MissingMandatoryValue as error:
             print(f"armo: {error.full_key} is needed: {error.full_key}=...", file=sys.stderr)
@@ -137,9 +142,7 @@ def train(cfg: DictConfig) -> None:
             settings={"gating": plain(cfg.fit.gating), "trainer": plain(cfg.fit.trainer)},
             fit=_build(cfg.fit.gating, trainer=_build(cfg.fit.trainer)),
         ),
-        "model": lambda: stages.run_model(
-            run, settings=plain(cfg.model), backbone=_build(backbone), **plain(cfg.model)
-        ),
+        "model": lambda: stages.run_model(run, backbone=_build(backbone)),
         "report": lambda: stages.run_report(run, settings=plain(cfg.report), **plain(cfg.report)),
     }
     for name in stages.STAGES:
@@ -252,7 +255,7 @@ def _score_table(results: Sequence[Mapping[str, Any]], objectives: Sequence[str]
             parts = [result["contributions"][name] for name in objectives]
             values = parts if single else [part[k] for part in parts]
             label = result["id"] if single else f"{result['id']} [{k}]"
-            table.add_row(label, f"{value:+.3f}", *(f"{part:+.3f}" for part in values))
+            table.add_row(Text(label), f"{value:+.3f}", *(f"{part:+.3f}" for part in values))
     return table
 
 

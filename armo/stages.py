@@ -171,11 +171,21 @@ def run_embed(
         splits = split_groups([*ratings, *pairs, *lists], test_fraction=test_fraction)
         train = [row for row in ratings if splits[prompt_group(row.prompt)] == "train"]
         check_objectives(train, objectives, min_ratings=min_ratings)
-        # Lists are for evaluation only; those on training prompts would be embedded in vain.
-        tested = [row for row in lists if splits[prompt_group(row.prompt)] == "test"]
+        # Lists are for evaluation only; those on training prompts would be embedded in vain. Of the
+        # others the report knows counterfactual pairs: two responses, both right.
+        tested = [
+            row
+            for row in lists
+            if splits[prompt_group(row.prompt)] == "test"
+            and len(row.responses) == 2
+            and sorted(row.correct) == [0, 1]
+        ]
         if len(tested) < len(lists):
             logger.info(
-                "%d response lists are on training prompts, unused", len(lists) - len(tested)
+                "%d of %d response lists are not used: on training prompts, or not two responses "
+                "that are both correct",
+                len(lists) - len(tested),
+                len(lists),
             )
         embed_rows(
             folder,
@@ -281,9 +291,7 @@ def run_gating(
     run.do("gating", settings=[settings, run.seed], inputs=inputs, work=work)
 
 
-def run_model(
-    run: Run, *, settings: Any, backbone: Callable[[], Backbone], examples: int = 8
-) -> None:
+def run_model(run: Run, *, backbone: Callable[[], Backbone]) -> None:
     """Join the parts to a model folder with golden scores and a model card."""
     inputs = {stage: run.key_of(stage) for stage in STAGES[:4]}
 
@@ -312,10 +320,10 @@ def run_model(
             gating_table(summary),
         ]
         card = to_markdown(tables, title="An armo reward model") + _card_usage(model)
-        model.save_pretrained(folder, golden=golden[:examples], card=card)
+        model.save_pretrained(folder, golden=golden, card=card)
         run.console.print(f"saved {folder}")
 
-    run.do("model", settings=settings, inputs=inputs, work=work)
+    run.do("model", settings=None, inputs=inputs, work=work)
 
 
 def run_report(run: Run, *, settings: Any, device: str = "auto") -> None:

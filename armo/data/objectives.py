@@ -83,8 +83,21 @@ class ObjectiveSet:
 
     @classmethod
     def from_mapping(cls, declared: Mapping[str, Mapping[str, Any]]) -> "ObjectiveSet":
-        """Build from `{name: {low, high, ...}}`, as configuration files spell it."""
-        return cls(tuple(Objective(name=name, **fields) for name, fields in declared.items()))
+        """Build from `{name: {low, high, ...}}`, as configuration files spell it.
+
+        Raises:
+            ValueError: If a declaration lacks a field or has an unknown one.
+        """
+        objectives = []
+        for name, fields in declared.items():
+            try:
+                objectives.append(Objective(name=name, **fields))
+            except TypeError as error:
+                raise ValueError(
+                    f"Objective {name!r}: {error}; it takes low, high, higher_is_better, bias, "
+                    f"group and meaning."
+                ) from None
+        return cls(tuple(objectives))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -217,6 +217,8 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     continue
                 try:
                     row = json.loads(line)
+                except RecursionError:
+                    raise DataError(f"{file}:{number}: JSON nested too deeply") from None
                 except json.JSONDecodeError as error:
                     raise DataError(
                         f"{file}:{number}: malformed JSON at column {error.colno}: {error.msg}"
@@ -247,7 +249,7 @@ def _load(path: Paths, parse: Callable[[dict[str, Any]], RowT], *, builtin_file:
 
 
 def _scorable(row: dict[str, Any], *, number: int) -> ScorableRow:
-    id = str(row.get("id", number))
+    id = str(number) if row.get("id") is None else str(row["id"])
     if "messages" in row:
         messages = _messages(row, "messages")
         if not messages or messages[-1].role != "assistant":
@@ -277,13 +279,15 @@ def _field(row: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
 
 
 def _common(row: Mapping[str, Any]) -> dict[str, Any]:
-    split = row.get("split")
+    split, category = row.get("split"), row.get("category")
+    if category is not None and not isinstance(category, str):
+        raise ValueError(f"`category` must be text, got {category!r:.60}")
     if split not in (None, "train", "test"):
         raise ValueError(f"`split` must be train or test, got {split!r}")
     return {
         "id": _field(row, "id", str),
         "source": _field(row, "source", str),
-        "category": row.get("category") or "",
+        "category": category or "",
         "split": split,
     }
 

@@ -270,19 +270,19 @@ class Backbone:
         """Keep both ends: a long prompt names its task first or last, seldom in the middle."""
         if len(ids) <= limit:
             return ids
-        self._refuse_overlong("prompt", len(ids), limit)
+        self._refuse_overlong("prompt", len(ids), limit, setting="max_prompt_tokens")
         return [*ids[: limit // 2], *ids[len(ids) - (limit - limit // 2) :]]
 
     def _cut_end(self, ids: list[int], limit: int) -> list[int]:
         if len(ids) <= limit:
             return ids
-        self._refuse_overlong("response", len(ids), limit)
+        self._refuse_overlong("response", len(ids), limit, setting="max_tokens")
         return ids[:limit]
 
-    def _refuse_overlong(self, part: str, length: int, limit: int) -> None:
+    def _refuse_overlong(self, part: str, length: int, limit: int, *, setting: str) -> None:
         if self.spec.on_overlong == "error":
             raise BackboneError(
-                f"the {part} has {length} tokens, {limit} fit; raise `max_tokens` or set "
+                f"the {part} has {length} tokens, {limit} fit; raise `{setting}` or set "
                 f"`on_overlong: truncate`"
             )
 

@@ -356,9 +356,12 @@ def _examples(
     *,
     limit: int,
 ) -> list[dict[str, Any]]:
-    """Keep both responses of some test pairs, spread over the categories, with their numbers."""
+    """Keep both responses of some test pairs, spread over the categories, with their numbers.
+
+    Without a test pair, of training pairs: a model needs conversations to be verified by.
+    """
     by_category: dict[str, list[int]] = {}
-    for k in test.nonzero()[:, 0].tolist():
+    for k in (test if bool(test.any()) else ~test).nonzero()[:, 0].tolist():
         by_category.setdefault(pairs[k].category, []).append(k)
     queues = [by_category[name] for name in sorted(by_category)]
     picked = [queue[turn] for turn in range(limit) for queue in queues if turn < len(queue)]

@@ -208,6 +208,8 @@ class ArmoRewardModel(nn.Module):
         parsed = []
         for number, conversation in enumerate(conversations):
             try:
+                if isinstance(conversation, str | Mapping | Message):
+                    raise ValueError("must be a list of messages")
                 messages = parse_messages(conversation)
                 if not messages or messages[-1].role != "assistant":
                     raise ValueError("the last message must be the assistant's answer")
@@ -235,8 +237,11 @@ class ArmoRewardModel(nn.Module):
             batch_size: As for `score`.
 
         Raises:
-            ValueError: If the prompt has no user turn, or a response is empty.
+            ValueError: If the prompt has no user turn, a response is empty, or `responses` is
+                one text.
         """
+        if isinstance(responses, str):
+            raise ValueError("`responses` must be a list of texts, got one text.")
         turns = _parse_prompt(prompt)
         return self._score(
             [Conversation(turns, response) for response in responses],
@@ -363,11 +368,20 @@ class ArmoRewardModel(nn.Module):
         prompts: dict[Prompt, int] = {}
         for conversation in conversations:
             prompts.setdefault(conversation.prompt, len(prompts))
-        prompt_values = self.backbone.embed_prompts(list(prompts), max_rows=batch_size).values
-        values = self.backbone.embed_responses(conversations, max_rows=batch_size).values
+        embedded_prompts = self.backbone.embed_prompts(list(prompts), max_rows=batch_size)
+        embedded = self.backbone.embed_responses(conversations, max_rows=batch_size)
+        if cut := int(embedded.truncated.sum()):
+            logger.warning(
+                "%d of %d conversations were longer than the backbone reads; what they were cut to "
+                "is what is scored",
+                cut,
+                len(conversations),
+            )
         numbers = [prompts[conversation.prompt] for conversation in conversations]
         out = self.score_embeddings(
-            values, prompt_values[torch.tensor(numbers, dtype=torch.long)], weights=weights
+            embedded.values,
+            embedded_prompts.values[torch.tensor(numbers, dtype=torch.long)],
+            weights=weights,
         )
         if scale == "unit":
             return out

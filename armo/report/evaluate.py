@@ -135,6 +135,8 @@ def style_differences(
     """
     differences = covariates[chosen] - covariates[rejected]
     spread = differences[train].square().mean(0).sqrt()
+    if not bool((spread > 0).any()):
+        return torch.zeros(len(test), dtype=torch.float64)  # nothing to tell them apart by
     differences = differences[:, spread > 0] / spread[spread > 0]
     x = differences[train].numpy()
     # Both orders of each pair: the model has no intercept, so order must not matter.

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from armo.artifacts import write_json, write_text
 from armo.report.evaluate import Evaluation, Table
@@ -31,11 +32,12 @@ def cell(value: Any) -> str:
 def print_tables(tables: Sequence[Table], console: Console) -> None:
     """Print tables with aligned columns."""
     for table in tables:
+        # Text, not strings: names are the user's, and brackets in them are no markup.
         shown = RichTable(title=table.title, caption=table.note or None, title_justify="left")
         for name, sample in zip(table.columns, table.rows[0], strict=True):
-            shown.add_column(name, justify="left" if isinstance(sample, str) else "right")
+            shown.add_column(Text(name), justify="left" if isinstance(sample, str) else "right")
         for row in table.rows:
-            shown.add_row(*(cell(value) for value in row))
+            shown.add_row(*(Text(cell(value)) for value in row))
         console.print(shown)
 
 

@@ -417,3 +417,24 @@ def test_the_built_in_corpus_combines_with_files(write):
     rows = load_pairs(["builtin", write("rows.jsonl", [PAIR])])
     assert rows[:-1] == load_pairs("builtin")
     assert rows[-1].id == "a"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category": 5}, "`category` must be text"),
+        ({"chosen": "half \ud800 of a pair"}, "`chosen` is no valid Unicode text"),
+    ],
+)
+def test_fields_that_would_fail_later_are_refused_where_they_stand(tmp_path, change, message):
+    row = {
+        "id": "a",
+        "source": "s",
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "chosen": "Yes.",
+        "rejected": "No.",
+    }
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({**row, **change}) + "\n")
+    with pytest.raises(DataError, match=f"pairs.jsonl:1: {message}"):
+        load_pairs(str(file))

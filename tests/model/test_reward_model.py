@@ -288,3 +288,19 @@ def test_heads_of_another_width_do_not_join(encoder, causal):
             gate=parts.gate,
             beta=1.0,
         )
+
+
+def test_one_text_in_place_of_a_list_of_responses_is_refused(model):
+    with pytest.raises(ValueError, match="`responses` must be a list of texts"):
+        model.score_responses("Hi", "Yes.")
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_a_flat_list_of_messages_is_no_list_of_conversations(model):
+    with pytest.raises(ValueError, match="conversation 0: must be a list of messages"):
+        model.score(conversation("Hi", "Yes."))
+
+
+def test_a_conversation_that_was_cut_is_said_to_be(model, caplog):
+    model.score([conversation("Hi", "word " * 500), conversation("Hi", "Yes.")])
+    assert "1 of 2 conversations were longer" in caplog.text

@@ -363,3 +363,12 @@ def test_without_test_pairs_only_ratings_are_evaluated(case, encoder, tmp_path):
 def test_a_table_gives_its_columns_by_name():
     table = Table("t", "T", ("a", "b"), ((1, 2), (3, 4)))
     assert table.column("b") == [2, 4]
+
+
+def test_responses_without_any_style_are_ties_for_the_style_baseline():
+    covariates = torch.zeros(6, 3, dtype=torch.float64)
+    chosen, rejected = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
+    differences = style_differences(
+        covariates, chosen, rejected, torch.tensor([0, 1]), torch.tensor([2])
+    )
+    assert differences.tolist() == [0.0]

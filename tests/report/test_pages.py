@@ -146,3 +146,9 @@ def test_printed_tables_hold_every_cell():
     for table in EVALUATION.tables:
         for row in table.rows:
             assert all(cell(value) in buffer.getvalue() for value in row)
+
+
+def test_brackets_in_names_are_printed_as_they_are():
+    console = Console(record=True, width=80, file=io.StringIO())
+    print_tables([Table("t", "Title", ("name", "x"), (("[red]a[/b]", 1.0),))], console)
+    assert "[red]a[/b]" in console.export_text()
