@@ -2,21 +2,31 @@
 
 Every artifact is a folder with a `manifest.json` that says what made it, from what, and the
 SHA-256 of each file in it. Files are written to a temporary name and renamed, so a reader sees a
-whole file or none; the manifest is written last, so a folder with a manifest is complete.
+whole file or none; the manifest is written last, so a folder with a manifest is complete. What
+is not part of an artifact has a name that starts with a dot.
 """
 
 import hashlib
 import json
 import os
+import socket
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+# Beside the lock, not in it: older releases of filelock empty the file that they fail to lock.
+LOCK_HOLDER = ".lock.json"
+# Long enough for the holder to have written who it is, and for the system to free the lock of a
+# process that was just killed.
+LOCK_WAIT_S = 0.25
 
 
 class ArtifactError(ValueError):
@@ -25,14 +35,71 @@ class ArtifactError(ValueError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which takes its place when the block succeeds."""
+    """Yield a temporary path beside `path`, which takes its place when the block succeeds.
+
+    No two processes share a temporary name, on one machine or on several that share a folder.
+
+    Raises:
+        OSError: As the block raised it; one that names no file, as a full disk's, names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
+        # Before the rename, lest a crash leave the name without the bytes. Over a network, this is
+        # also when a full disk says so.
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        elsewhere = str(error.filename or temporary) != str(temporary)
+        if elsewhere or error.errno is None or isinstance(error, ConnectionError):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def delete_temporaries(folder: Path) -> None:
+    """Delete what killed processes left of files they were writing; none may be writing now."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one writing process, until the block ends or the process dies.
+
+    The system frees the lock of a process that dies, however it dies. It holds against the other
+    processes of this machine; against those of other machines, where their shared disk passes
+    locks on, as NFS does. A block inside another for the same folder is refused as well: two
+    writers in one process are as wrong as in two.
+
+    Raises:
+        ArtifactError: If the folder is held already, naming the process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / LOCK_HOLDER
+    try:
+        lock = FileLock(folder / LOCK).acquire(timeout=LOCK_WAIT_S)
+    except Timeout:
+        raise ArtifactError(
+            f"{folder}: {_read_holder(holder)} is writing there. Wait until it is done, or stop it."
+        ) from None
+    with lock:
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+
+
+def _read_holder(path: Path) -> str:
+    try:
+        holder = read_json(path)
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ArtifactError, KeyError, TypeError):
+        return "another process"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,13 +129,25 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path}: not valid JSON, line {error.lineno}: {error.msg}") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file in one step."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file in one step.
+
+    Args:
+        path: The file.
+        tensors: Tensors by name.
+        metadata: What the file's header says beside them. Safetensors shuffles the entries; only
+            with one at most do the same tensors make the same bytes.
+    """
+    # Not `save_file`: it makes a temporary file of its own, which a killed process leaves under a
+    # name that says nothing, readable by this user alone, and its errors are no OSErrors.
+    content = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        metadata=None if metadata is None else dict(metadata),
+    )
     with replacing(path) as temporary:
-        safetensors.torch.save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-        )
+        temporary.write_bytes(content)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -100,13 +100,16 @@ def _in_one_line(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], N
 def train(cfg: DictConfig) -> None:
     """Run the stages of a training run."""
     from armo import stages
+    from armo.artifacts import exclusive
     from armo.data.objectives import ObjectiveSet
+    from armo.embed.extract import outer_rank
 
     _quieten()  # once more: Lightning sets its own log level when it is imported
     unknown = [name for name in cfg.stages if name not in stages.STAGES]
     if unknown:
         raise ValueError(f"`stages` knows {', '.join(stages.STAGES)}, not {', '.join(unknown)}")
-    run = stages.Run(folder=Path(cfg.output_dir), console=_console(), seed=cfg.seed)
+    rank = outer_rank() or 0
+    run = stages.Run(folder=Path(cfg.output_dir), console=_console(), seed=cfg.seed, rank=rank)
     plain: Callable[[Any], Any] = lambda section: OmegaConf.to_container(  # noqa: E731
         section, resolve=True, throw_on_missing=True
     )
@@ -122,10 +125,11 @@ def train(cfg: DictConfig) -> None:
                 "preferences": plain(cfg.data.pairs)["path"],
                 "counterfactuals": plain(benchmark)["path"],
             },
-            load_ratings=_build(cfg.data.ratings),
-            load_pairs=_build(cfg.data.pairs),
-            load_lists=_build(benchmark) if benchmark.path is not None else None,
+            stream_ratings=_build(cfg.data.ratings),
+            stream_pairs=_build(cfg.data.pairs),
+            stream_lists=_build(benchmark) if benchmark.path is not None else None,
             backbone=_build(backbone),
+            team=_build(cfg.embed.trainer),
             backbone_id=(plain(backbone)["spec"]["id"], backbone.spec.revision),
             test_fraction=cfg.data.test_fraction,
             min_ratings=cfg.data.min_ratings,
@@ -145,9 +149,15 @@ def train(cfg: DictConfig) -> None:
         "model": lambda: stages.run_model(run, backbone=_build(backbone)),
         "report": lambda: stages.run_report(run, settings=plain(cfg.report), **plain(cfg.report)),
     }
-    for name in stages.STAGES:
-        if name in cfg.stages:
-            tasks[name]()
+    if rank > 0:
+        # Started by `torchrun` or SLURM beside the first process, to help with the embedding.
+        if "embed" in cfg.stages:
+            tasks["embed"]()
+        return
+    with exclusive(run.folder):
+        for name in stages.STAGES:
+            if name in cfg.stages:
+                tasks[name]()
 
 
 @hydra.main(**CONFIG, config_name="score")
@@ -202,7 +212,7 @@ def verify(cfg: DictConfig) -> None:
 VERBS = {"train": train, "score": score, "verify": verify}
 
 SHOWN_ROWS = 20
-CHUNK_ROWS = 256
+CHUNK_ROWS = 1024
 
 
 def _build(section: DictConfig, **more: Any) -> Any:
@@ -232,15 +242,22 @@ def _score_rows(
         for row in chunk:
             part = slice(position, position + len(row.responses))
             position += len(row.responses)
-            result: dict[str, Any] = {"id": row.id, "score": out.score[part].tolist()}
+            result: dict[str, Any] = {"id": row.id, "score": _values(out.score[part])}
             for name in ("rewards", "gating_weights", "contributions"):
-                columns = getattr(out, name)[part].T.tolist()
+                columns = [_values(column) for column in getattr(out, name)[part].T]
                 result[name] = dict(zip(out.objectives, columns, strict=True))
+            result["truncated"] = out.truncated[part].tolist()
             if row.single:
                 result["score"] = result["score"][0]
+                result["truncated"] = result["truncated"][0]
                 for name in ("rewards", "gating_weights", "contributions"):
                     result[name] = {k: values[0] for k, values in result[name].items()}
             yield result
+
+
+def _values(column: Any) -> list[float | None]:
+    """Turn a column into JSON values; null for a response that was skipped as too long."""
+    return [None if value != value else value for value in column.tolist()]
 
 
 def _score_table(results: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> Table:
@@ -255,7 +272,8 @@ def _score_table(results: Sequence[Mapping[str, Any]], objectives: Sequence[str]
             parts = [result["contributions"][name] for name in objectives]
             values = parts if single else [part[k] for part in parts]
             label = result["id"] if single else f"{result['id']} [{k}]"
-            table.add_row(Text(label), f"{value:+.3f}", *(f"{part:+.3f}" for part in values))
+            shown = ["skipped" if v is None else f"{v:+.3f}" for v in (value, *values)]
+            table.add_row(Text(label), *shown)
     return table
 
 

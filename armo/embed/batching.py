@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 
+# A batch that is a quarter full already keeps the hardware busy: from there on it rather stays
+# smaller than pads its rows by more than a twentieth.
+ENOUGH = 0.25
+PADDING = 0.05
+
 
 def token_batches(
     lengths: Sequence[int], *, max_tokens: int, max_rows: int | None = None
 ) -> Iterator[list[int]]:
     """Yield batches of row numbers, longest rows first, each row exactly once.
 
-    A batch holds as many rows as fit when all are padded to its longest one. Longest first, so
-    that memory runs out at once or never.
+    A batch holds as many rows as fit when all are padded to its longest one, or fewer where the
+    next row would mean padding. Longest first, so that memory runs out at once or never.
 
     Args:
         lengths: Tokens of each row.
@@ -23,9 +28,30 @@ def token_batches(
     if max_tokens < 1 or (max_rows is not None and max_rows < 1):
         raise ValueError("`max_tokens` and `max_rows` must be positive.")
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    start = 0
-    while start < len(order):
-        rows = max(1, max_tokens // max(1, lengths[order[start]]))
-        rows = rows if max_rows is None else min(rows, max_rows)
-        yield order[start : start + rows]
-        start += rows
+    batch: list[int] = []
+    used = 0
+    for row in order:
+        longest = lengths[batch[0]] if batch else lengths[row]
+        padded = longest * (len(batch) + 1)
+        full = padded > max_tokens or len(batch) == max_rows
+        loose = longest * len(batch) >= ENOUGH * max_tokens and (
+            padded - used - lengths[row] > PADDING * padded
+        )
+        if batch and (full or loose):
+            yield batch
+            batch, used = [], 0
+        batch.append(row)
+        used += lengths[row]
+    if batch:
+        yield batch
+
+
+def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
+    """Return the share of the tokens run in these batches that is padding.
+
+    Example:
+        >>> padding_share([4, 2], [[0, 1]])
+        0.25
+    """
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    return 1.0 - sum(lengths[row] for batch in batches for row in batch) / max(1, padded)

@@ -1,16 +1,20 @@
 """The embedding pass: every distinct prompt and response once, and tables that point to them."""
 
-import hashlib
-import json
 import logging
+import multiprocessing
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from rich.progress import (
     BarColumn,
     Progress,
@@ -20,37 +24,34 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessRaisedException
 
-from armo.artifacts import read_json, read_tensors, write_json, write_tensors
-from armo.data.conversation import (
-    Conversation,
-    PreferencePair,
-    Prompt,
-    RatedResponse,
-    ResponseList,
-    Row,
-    prompt_group,
-)
+from armo.artifacts import exclusive, read_json, read_tensors, write_json, write_tensors
+from armo.data.checks import check_objectives
+from armo.data.conversation import PreferencePair, RatedResponse, ResponseList
 from armo.data.objectives import ObjectiveSet
 from armo.data.surface import SURFACE_FEATURES, surface_features
-from armo.embed.backbone import Backbone, BackboneError, Embeddings
-from armo.embed.store import EmbeddingStore
+from armo.embed.backbone import Backbone
+from armo.embed.index import IndexedRows, RowIndexer, TextSpool, spans
+from armo.embed.spec import BackboneError
+from armo.embed.store import EmbeddingStore, EmbeddingTable
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 ROWS = "rows.safetensors"
 NAMES = "rows.json"
+TEXTS = "texts"
 LOG_EVERY_S = 60.0
+LOOK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RowTables:
     """Where the rows of each data set find their embeddings.
 
-    `response` indexes the response store, `prompt` the prompt store; rows keep the order of
-    their files. Distinct texts are embedded once, however many rows use them.
+    Rows keep the order of their files, and a row that is left out keeps its place: it is neither
+    on the training side nor on the test side. Distinct texts are embedded once, however many rows
+    use them; the responses to one prompt are numbered side by side.
 
     Attributes:
         prompt_of_response: Prompt of each distinct response.
@@ -58,10 +59,12 @@ class RowTables:
         covariates: Surface features of each distinct response.
         ratings_response: Response of each rated row.
         ratings: Ratings on [0, 1]; NaN where missing.
+        ratings_train: Whether the rated row is on the training side.
         ratings_test: Whether the rated row is on the test side.
         pairs_chosen: Chosen response of each pair.
         pairs_rejected: Rejected response of each pair.
         pairs_category: Index into the category names.
+        pairs_train: Whether the pair is on the training side.
         pairs_test: Whether the pair is on the test side.
         lists_response: Responses of all lists, one list after the other.
         lists_of: The list that each of `lists_response` belongs to.
@@ -74,10 +77,12 @@ class RowTables:
     covariates: Float[Tensor, "responses covariates"]
     ratings_response: Int[Tensor, " ratings"]
     ratings: Float[Tensor, "ratings objectives"]
+    ratings_train: Bool[Tensor, " ratings"]
     ratings_test: Bool[Tensor, " ratings"]
     pairs_chosen: Int[Tensor, " pairs"]
     pairs_rejected: Int[Tensor, " pairs"]
     pairs_category: Int[Tensor, " pairs"]
+    pairs_train: Bool[Tensor, " pairs"]
     pairs_test: Bool[Tensor, " pairs"]
     lists_response: Int[Tensor, " list_responses"]
     lists_of: Int[Tensor, " list_responses"]
@@ -107,8 +112,8 @@ class EmbeddedData:
     objectives: ObjectiveSet
     covariates: tuple[str, ...]
     categories: tuple[str, ...]
-    prompts: EmbeddingStore
-    responses: EmbeddingStore
+    prompts: EmbeddingTable
+    responses: EmbeddingTable
     tables: RowTables
     examples: list[dict[str, Any]]
 
@@ -120,12 +125,13 @@ class EmbeddedData:
             ArtifactError: If a file is missing or damaged.
         """
         names = read_json(folder / NAMES)
+        store = EmbeddingStore.open(folder)
         return cls(
             objectives=ObjectiveSet.from_dicts(names["objectives"]),
             covariates=tuple(names["covariates"]),
             categories=tuple(names["categories"]),
-            prompts=EmbeddingStore.open(folder / "prompts"),
-            responses=EmbeddingStore.open(folder / "responses"),
+            prompts=store.prompts,
+            responses=store.responses,
             tables=RowTables(**read_tensors(folder / ROWS)),
             examples=names["examples"],
         )
@@ -135,242 +141,328 @@ class EmbeddedData:
         return self.prompts.read(self.tables.prompt_of_response[responses])
 
 
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The processes that share the embedding pass, as Lightning's Fabric launches them.
+
+    Attributes:
+        accelerator: `cpu`, `gpu`, or `auto` for a GPU if there is one.
+        devices: Processes on this machine, each with a device of its own; `auto` for all GPUs,
+            one process without.
+        num_nodes: Machines; each is started by `torchrun` or SLURM with the same command, and all
+            share the folder.
+        strategy: Of Lightning; `auto` starts the processes that are not there already.
+    """
+
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+
+    def fabric(self) -> Fabric:
+        """Set up the processes, without starting them."""
+        accelerator = self.accelerator
+        if accelerator == "auto":
+            accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+        devices = self.devices
+        if devices == "auto":
+            devices = torch.cuda.device_count() if accelerator == "gpu" else 1
+        strategy = self.strategy
+        if strategy == "auto" and outer_rank() is not None:
+            strategy = "ddp"
+        elif strategy == "auto" and int(devices) > 1:
+            strategy = "ddp_spawn"
+        return Fabric(
+            accelerator=accelerator,
+            devices=int(devices),
+            num_nodes=self.num_nodes,
+            strategy=strategy,
+        )
+
+
+def outer_rank() -> int | None:
+    """Rank of this process, if `torchrun` or SLURM started it beside others; otherwise None."""
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect():
+            return int(environment().global_rank())
+    return None
+
+
 def embed_rows(
     folder: Path,
     *,
-    backbone: Backbone,
+    load: Callable[..., Backbone],
     objectives: ObjectiveSet,
-    ratings: Sequence[RatedResponse],
-    pairs: Sequence[PreferencePair],
-    lists: Sequence[ResponseList],
-    splits: dict[str, str],
+    ratings: Iterable[RatedResponse],
+    pairs: Iterable[PreferencePair],
+    lists: Iterable[ResponseList],
+    test_fraction: float,
+    min_ratings: int,
     shard_rows: int,
+    team: Team | None = None,
     examples: int = 8,
 ) -> None:
     """Embed every distinct prompt and response of the rows, resuming at the last whole shard.
 
+    Rows are read once, before anything is embedded; what stays in memory is numbers, while texts
+    wait on disk. So rows may come from anything that yields them, of any length.
+
     Args:
         folder: Where to write; shards that are there already are not computed again.
-        backbone: The frozen language model.
+        load: Loads the frozen language model, given `device`; with several processes, it and its
+            arguments must be picklable.
         objectives: Columns of the rating table.
         ratings: Rated responses.
         pairs: Preference pairs.
-        lists: Response lists, for evaluation only.
-        splits: `train` or `test` by prompt group, from `split_groups`.
-        shard_rows: Rows per shard: what a cut-off run loses at most.
+        lists: Response lists, for evaluation only; those on training prompts are not used.
+        test_fraction: Share of prompts on the test side, where rows do not say `split`.
+        min_ratings: Training ratings that each objective needs.
+        shard_rows: Responses per shard, about: what a cut-off run loses at most.
+        team: Processes that share the work; one, on the best device, by default.
         examples: How many test conversations to keep as text.
 
     Raises:
-        BackboneError: If a row cannot be embedded, naming it by its text.
+        ArtifactError: If another process is writing to the folder.
+        BackboneError: If a text cannot be embedded, naming the row it comes from.
+        DataError: If the rows contradict each other, or an objective cannot be learned.
     """
-    index = _TextIndex()
-    rated = [index.add(row) for row in ratings]
-    paired = [index.add(row) for row in pairs]
-    listed = [index.add(row) for row in lists]
-    categories = sorted({row.category for row in pairs} | {row.category for row in lists})
-    tables = RowTables(
-        prompt_of_response=_integers(index.prompt_of_response),
-        group_of_prompt=_integers(index.group_of_prompt),
-        covariates=surface_features([text.response for text in index.conversations]),
-        ratings_response=_integers(numbers[0] for numbers in rated),
-        ratings=rating_table(ratings, objectives),
-        ratings_test=_test_side(ratings, splits),
-        pairs_chosen=_integers(numbers[0] for numbers in paired),
-        pairs_rejected=_integers(numbers[1] for numbers in paired),
-        pairs_category=_integers(categories.index(row.category) for row in pairs),
-        pairs_test=_test_side(pairs, splits),
-        lists_response=_integers(n for numbers in listed for n in numbers),
-        lists_of=_integers(k for k, numbers in enumerate(listed) for _ in numbers),
-        lists_category=_integers(categories.index(row.category) for row in lists),
-        lists_test=_test_side(lists, splits),
-    )
-    _fill_store(
-        folder / "prompts",
-        index.prompts,
-        backbone.embed_prompts,
-        backbone=backbone,
-        shard_rows=shard_rows,
-        title="prompts",
-    )
-    _fill_store(
-        folder / "responses",
-        index.conversations,
-        backbone.embed_responses,
-        backbone=backbone,
-        shard_rows=shard_rows,
-        title="responses",
-    )
-    write_tensors(folder / ROWS, {f.name: getattr(tables, f.name) for f in fields(tables)})
-    write_json(
-        folder / NAMES,
-        {
-            "objectives": objectives.to_dicts(),
-            "covariates": list(SURFACE_FEATURES),
-            "categories": categories,
-            "examples": _examples(pairs, paired, tables.pairs_test, limit=examples),
-        },
-    )
+    with exclusive(folder):
+        indexer = RowIndexer(folder / TEXTS, objectives, test_fraction=test_fraction)
+        indexer.add_ratings(ratings)
+        indexer.add_pairs(pairs)
+        indexer.add_lists(lists)
+        spool, index = indexer.finish()
+        if index.unused_lists:
+            logger.info("%d response lists on training prompts are not used", index.unused_lists)
+        test_of_response = index.test_of_group[index.group_of_prompt[spool.prompt_of_response]]
+        train = ~test_of_response[index.ratings_response]
+        check_objectives(index.ratings[train], objectives, min_ratings=min_ratings)
 
+        run_team(folder, load=load, team=team or Team(), shard_rows=shard_rows)
 
-def rating_table(
-    rows: Sequence[RatedResponse], objectives: ObjectiveSet
-) -> Float[Tensor, "ratings objectives"]:
-    """Rescale all ratings to [0, 1], NaN where a row does not rate an objective; float64."""
-    table = torch.full((len(rows), len(objectives.names)), torch.nan, dtype=torch.float64)
-    columns = {objective.name: k for k, objective in enumerate(objectives.objectives)}
-    for number, row in enumerate(rows):
-        for name, rating in row.ratings.items():
-            column = columns[name]
-            table[number, column] = objectives.objectives[column].to_unit(rating)
-    return table
-
-
-class _TextIndex:
-    """Numbers the distinct prompts and responses in order of first appearance."""
-
-    def __init__(self) -> None:
-        self.prompts: list[Prompt] = []
-        self.group_of_prompt: list[int] = []
-        self.conversations: list[Conversation] = []
-        self.prompt_of_response: list[int] = []
-        self._groups: dict[str, int] = {}
-        self._prompt_numbers: dict[Prompt, int] = {}
-        self._response_numbers: dict[tuple[int, str], int] = {}
-
-    def add(self, row: Row) -> list[int]:
-        """Return the number of each response of a row."""
-        if row.prompt not in self._prompt_numbers:
-            self._prompt_numbers[row.prompt] = len(self.prompts)
-            self.prompts.append(row.prompt)
-            group = prompt_group(row.prompt)
-            self.group_of_prompt.append(self._groups.setdefault(group, len(self._groups)))
-        prompt = self._prompt_numbers[row.prompt]
-        numbers = []
-        for response in row.responses:
-            key = (prompt, response)
-            if key not in self._response_numbers:
-                self._response_numbers[key] = len(self.conversations)
-                self.conversations.append(Conversation(row.prompt, response))
-                self.prompt_of_response.append(prompt)
-            numbers.append(self._response_numbers[key])
-        return numbers
-
-
-def _fill_store(
-    folder: Path,
-    texts: Sequence[T],
-    embed: Callable[[Sequence[T]], Embeddings],
-    *,
-    backbone: Backbone,
-    shard_rows: int,
-    title: str,
-) -> None:
-    store = EmbeddingStore.create(
-        folder,
-        rows=len(texts),
-        dim=backbone.dim,
-        shard_rows=shard_rows,
-        fingerprint=backbone.spec.fingerprint,
-        texts=_digest_texts(texts),
-    )
-    missing = [shard for shard in range(store.shards) if not store.has(shard)]
-    kept = len(texts) - sum(len(store.shard_range(shard)) for shard in missing)
-    if kept:
-        logger.info("%s: %d of %d rows are there already", title, kept, len(texts))
-    with Progress(
-        TextColumn("embedding {task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rows]} rows"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        transient=False,
-    ) as progress:
-        # Characters, not rows, are the unit of work: rows differ in length a hundredfold.
-        work = {shard: sum(_size(texts[n]) for n in store.shard_range(shard)) for shard in missing}
-        total, done, rows = sum(work.values()), 0, kept
-        task = progress.add_task(title, total=total, rows=f"{rows}/{len(texts)}")
-        started = reported = time.monotonic()
-        for shard in missing:
-            numbers = store.shard_range(shard)
-            part = [texts[n] for n in numbers]
-            try:
-                result = embed(part)
-            except BackboneError as error:
-                if error.row is None:
-                    raise
-                raise BackboneError(f"{_quote(part[error.row])}: {error}") from None
-            store.write(shard, embeddings=result.values, truncated=result.truncated)
-            now = time.monotonic()
-            done, rows = done + work[shard], rows + len(numbers)
-            rate = (rows - kept) / (now - started)
-            progress.update(task, completed=done, rows=f"{rows}/{len(texts)}, {rate:.0f}/s")
-            if not progress.console.is_terminal and now - reported > LOG_EVERY_S:
-                reported = now
-                left_s = (now - started) * (total - done) / done
-                logger.info("%s: %d of %d rows, about %.0f s left", title, rows, len(texts), left_s)
-    cut = int(store.truncated().sum())
-    if cut:
-        logger.info("%s: %d of %d rows were cut to fit the backbone", title, cut, len(texts))
-
-
-def _quote(text: Any) -> str:
-    """Name a text so that its author finds it."""
-    if isinstance(text, Conversation):
-        return f"response {text.response[:60]!r} to {_quote(text.prompt)}"
-    return f"prompt {text[-1].content[:60]!r}"
-
-
-def _size(text: Any) -> int:
-    if isinstance(text, Conversation):
-        return len(text.response) + _size(text.prompt)
-    return sum(len(message.content) for message in text)
-
-
-def _digest_texts(texts: Sequence[Any]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        prompt, response = (
-            (text.prompt, text.response) if isinstance(text, Conversation) else (text, None)
+        store = EmbeddingStore.open(folder)
+        tables = _tables(spool, index, missing=store.responses.missing())
+        _log_left_out(store, tables)
+        write_tensors(folder / ROWS, {f.name: getattr(tables, f.name) for f in fields(tables)})
+        write_json(
+            folder / NAMES,
+            {
+                "objectives": objectives.to_dicts(),
+                "covariates": list(SURFACE_FEATURES),
+                "categories": list(index.categories),
+                "examples": _examples(spool, tables, index.categories, limit=examples),
+            },
         )
-        turns = [[message.role, message.content] for message in prompt]
-        digest.update(json.dumps([turns, response], ensure_ascii=False).encode())
-    return digest.hexdigest()
+        shutil.rmtree(folder / TEXTS)
 
 
-def _test_side(rows: Sequence[Row], splits: dict[str, str]) -> Bool[Tensor, " rows"]:
-    return torch.tensor(
-        [splits[prompt_group(row.prompt)] == "test" for row in rows], dtype=torch.bool
+def run_team(folder: Path, *, load: Callable[..., Backbone], team: Team, shard_rows: int) -> None:
+    """Embed the texts that wait in `folder`, together with the other processes of the team.
+
+    Raises:
+        BackboneError: If a text cannot be embedded, naming the row it comes from.
+    """
+    try:
+        team.fabric().launch(partial(_embed_share, folder=folder, load=load, shard_rows=shard_rows))
+    except ProcessRaisedException as error:
+        # The error of another process is a traceback as text; its last line says what happened.
+        reason = str(error).strip().splitlines()[-1]
+        raise BackboneError(reason.removeprefix(f"{BackboneError.__module__}.BackboneError: "))
+
+
+def _embed_share(
+    fabric: Fabric, *, folder: Path, load: Callable[..., Backbone], shard_rows: int
+) -> None:
+    """Embed this process's share of the missing shards; each shard is one process's."""
+    if multiprocessing.parent_process() is not None:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    fabric.barrier()  # until the texts are there
+    spool = TextSpool.load(folder / TEXTS)
+    shards = spool.shards(shard_rows=shard_rows)
+    backbone = load(device=str(fabric.device))
+    store = EmbeddingStore(folder, backbone.dim, backbone.spec.fingerprint, shards)
+    if fabric.global_rank == 0:
+        EmbeddingStore.create(
+            folder, dim=store.dim, fingerprint=store.fingerprint, shards=store.shards
+        )
+    fabric.barrier()
+    missing: list[int] = fabric.broadcast(store.missing_shards())
+    ranges = list(spans(shards))
+    mine = missing[fabric.global_rank :: fabric.world_size]
+    chunks = (spool.groups(*ranges[shard]) for shard in mine)
+    with _Progress(store, missing, spool, hidden=fabric.global_rank > 0) as progress:
+        number = 0
+        try:
+            for embedded in backbone.embed_chunks(
+                chunks, progress=lambda share: progress.show(mine[number], share)
+            ):
+                store.write(mine[number], prompts=embedded.prompts, responses=embedded.responses)
+                number += 1
+        except BackboneError as error:
+            raise _naming_the_row(error, spool, *ranges[mine[number]]) from None
+        progress.wait()
+    fabric.barrier()
+
+
+class _Progress:
+    """Progress over all shards of the pass, with the time left; other processes' included."""
+
+    def __init__(
+        self, store: EmbeddingStore, missing: Sequence[int], spool: TextSpool, *, hidden: bool
+    ) -> None:
+        self._store = store
+        self._pending = set(missing)
+        self._hidden = hidden
+        # Bytes, not rows, are the unit of work: rows differ in length a hundredfold.
+        self._work = {
+            shard: int(spool.response_bytes[rows.start : rows.stop].sum())
+            for shard, (_, rows) in enumerate(spans(store.shards))
+        }
+        self._rows = {shard: store.shards[shard].responses for shard in self._work}
+        self._all_rows = sum(self._rows.values())
+        self._total = sum(self._work[shard] for shard in missing)
+        self._started = self._looked = self._logged = time.monotonic()
+        self._bar = Progress(
+            TextColumn("embedding"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rows]} responses"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            disable=hidden,
+        )
+        kept = self._all_rows - sum(self._rows[shard] for shard in missing)
+        if kept and not hidden:
+            logger.info("%d of %d responses are there already", kept, self._all_rows)
+        self._task = self._bar.add_task("", total=self._total, rows=f"{kept}/{self._all_rows}")
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, shard: int | None, share: float) -> None:
+        """Show how far the whole pass is, of which this process has done a share of a shard."""
+        now = time.monotonic()
+        if self._hidden or (now - self._looked < LOOK_EVERY_S and share < 1.0):
+            return
+        self._looked = now
+        self._pending = {shard for shard in self._pending if not self._store.has(shard)}
+        left = float(sum(self._work[pending] for pending in self._pending))
+        if shard in self._pending:
+            left -= self._work[shard] * share
+        rows = self._all_rows - sum(self._rows[pending] for pending in self._pending)
+        done = self._total - left
+        self._bar.update(self._task, completed=done, rows=f"{rows}/{self._all_rows}")
+        if not self._bar.console.is_terminal and now - self._logged > LOG_EVERY_S and done:
+            self._logged = now
+            left_s = (now - self._started) * left / done
+            logger.info("%d of %d responses, about %.0f s left", rows, self._all_rows, left_s)
+
+    def wait(self) -> None:
+        """Wait until the other processes have finished their shards too."""
+        while not self._hidden:
+            self.show(None, 1.0)
+            if not self._pending:
+                return
+            time.sleep(LOOK_EVERY_S)
+
+
+def _naming_the_row(
+    error: BackboneError, spool: TextSpool, prompts: range, responses: range
+) -> BackboneError:
+    """Say which row a text comes from, so that its author finds it."""
+    if error.group is None:
+        return error
+    prompt = prompts[error.group]
+    mine = (spool.prompt_of_response == prompt).nonzero()[:, 0].tolist()
+    text, row = spool.responses([mine[error.response or 0]])[0]
+    what = f"prompt {spool.prompt(prompt)[-1].content[:60]!r}"
+    if error.response is not None:
+        what = f"response {text[:60]!r} to {what}"
+    return BackboneError(f"row {row!r}, {what}: {error}")
+
+
+def _tables(
+    spool: TextSpool, index: IndexedRows, *, missing: Bool[Tensor, " responses"]
+) -> RowTables:
+    """Point from each row to its embeddings, and say on which side it is, if it is there."""
+    test = index.test_of_group[index.group_of_prompt[spool.prompt_of_response]]
+    chosen, rejected, rated = index.pairs_chosen, index.pairs_rejected, index.ratings_response
+    rated_there = ~missing[rated]
+    pair_there = ~(missing[chosen] | missing[rejected])
+    list_there = torch.ones(len(index.lists_category), dtype=torch.bool)
+    list_there[index.lists_of[missing[index.lists_response]]] = False
+    return RowTables(
+        prompt_of_response=spool.prompt_of_response,
+        group_of_prompt=index.group_of_prompt,
+        covariates=_covariates(spool),
+        ratings_response=rated,
+        ratings=index.ratings,
+        ratings_train=~test[rated] & rated_there,
+        ratings_test=test[rated] & rated_there,
+        pairs_chosen=chosen,
+        pairs_rejected=rejected,
+        pairs_category=index.pairs_category,
+        pairs_train=~test[chosen] & pair_there,
+        pairs_test=test[chosen] & pair_there,
+        lists_response=index.lists_response,
+        lists_of=index.lists_of,
+        lists_category=index.lists_category,
+        lists_test=list_there,  # those on training prompts are gone already
     )
 
 
-def _integers(values: Any) -> Int[Tensor, " values"]:
-    return torch.tensor(list(values), dtype=torch.int64)
+def _covariates(spool: TextSpool) -> Float[Tensor, "responses covariates"]:
+    numbers = range(len(spool.response_offsets))
+    parts = [
+        surface_features([text for text, _ in spool.responses(numbers[start : start + 1024])])
+        for start in range(0, len(numbers), 1024)
+    ]
+    return torch.cat(parts) if parts else surface_features([])
+
+
+def _log_left_out(store: EmbeddingStore, tables: RowTables) -> None:
+    for name, table in (("prompts", store.prompts), ("responses", store.responses)):
+        if cut := int(table.truncated().sum()):
+            logger.info("%d of %d %s were cut to fit the backbone", cut, table.rows, name)
+        if gone := int(table.missing().sum()):
+            logger.warning("%d of %d %s were skipped: too long", gone, table.rows, name)
+    for name, there in (
+        ("rated rows", tables.ratings_train | tables.ratings_test),
+        ("pairs", tables.pairs_train | tables.pairs_test),
+        ("lists", tables.lists_test),
+    ):
+        if gone := int((~there).sum()):
+            logger.warning("so %d of %d %s are left out", gone, len(there), name)
 
 
 def _examples(
-    pairs: Sequence[PreferencePair],
-    numbers: Sequence[list[int]],
-    test: Bool[Tensor, " pairs"],
-    *,
-    limit: int,
+    spool: TextSpool, tables: RowTables, categories: Sequence[str], *, limit: int
 ) -> list[dict[str, Any]]:
     """Keep both responses of some test pairs, spread over the categories, with their numbers.
 
     Without a test pair, of training pairs: a model needs conversations to be verified by.
     """
-    by_category: dict[str, list[int]] = {}
-    for k in (test if bool(test.any()) else ~test).nonzero()[:, 0].tolist():
-        by_category.setdefault(pairs[k].category, []).append(k)
+    test = tables.pairs_test if bool(tables.pairs_test.any()) else tables.pairs_train
+    by_category: dict[int, list[int]] = {}
+    for pair in test.nonzero()[:, 0].tolist():
+        by_category.setdefault(int(tables.pairs_category[pair]), []).append(pair)
     queues = [by_category[name] for name in sorted(by_category)]
     picked = [queue[turn] for turn in range(limit) for queue in queues if turn < len(queue)]
-    return [
-        {
-            "prompt": [{"role": m.role, "content": m.content} for m in pairs[k].prompt],
-            "category": pairs[k].category,
-            "responses": [pairs[k].chosen, pairs[k].rejected],
-            "numbers": numbers[k],
-        }
-        for k in picked[: max(1, limit // 2)]
-    ]
+    examples = []
+    for pair in picked[: max(1, limit // 2)]:
+        numbers = [int(tables.pairs_chosen[pair]), int(tables.pairs_rejected[pair])]
+        prompt = spool.prompt(int(tables.prompt_of_response[numbers[0]]))
+        examples.append(
+            {
+                "prompt": [{"role": m.role, "content": m.content} for m in prompt],
+                "category": categories[int(tables.pairs_category[pair])],
+                "responses": [text for text, _ in spool.responses(numbers)],
+                "numbers": numbers,
+            }
+        )
+    return examples

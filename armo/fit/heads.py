@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from armo.artifacts import read_json, read_tensors, write_json, write_tensors
-from armo.embed.store import EmbeddingStore
+from armo.embed.store import EmbeddingTable
 from armo.fit.ridge import RidgeStatistics, select_alpha, solve_ridge
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class FittedHeads:
 
 
 def fit_heads(
-    store: EmbeddingStore,
+    store: EmbeddingTable,
     rows: Int[Tensor, " ratings"],
     ratings: Float[Tensor, "ratings objectives"],
     groups: Int[Tensor, " ratings"],

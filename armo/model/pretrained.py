@@ -11,7 +11,7 @@ from torch import Tensor
 from armo.artifacts import ArtifactError, read_json, read_tensors
 from armo.data.conversation import Message
 from armo.data.objectives import ObjectiveSet
-from armo.embed.backbone import BackboneSpec
+from armo.embed.spec import BackboneSpec
 from armo.fit.gating import GatingNetwork
 
 FORMAT = 1

@@ -4,20 +4,22 @@ import copy
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from armo.artifacts import ArtifactError, read_json, write_json, write_tensors, write_text
 from armo.data.conversation import Conversation, Message, Prompt
 from armo.data.objectives import ObjectiveSet
-from armo.embed.backbone import Backbone, load_backbone
+from armo.embed.backbone import Backbone, GroupEmbeddings, load_backbone
+from armo.embed.boundary import PromptGroup
+from armo.embed.spec import BackboneError
 from armo.fit.decorrelation import RewardTransform
 from armo.fit.gating import GatingNetwork, contributions
 from armo.fit.heads import ObjectiveHeads
@@ -32,6 +34,9 @@ from armo.model.pretrained import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Responses that are tokenised and ordered by length together.
+CHUNK_ROWS = 1024
 
 Messages = Sequence[Mapping[str, str] | Message]
 
@@ -50,6 +55,8 @@ class RewardOutput:
         adjusted: Rewards standardised and decorrelated from style.
         gating_weights: Non-negative, sum to one; from the prompt alone.
         contributions: Gating weight times adjusted reward.
+        truncated: Whether the conversation was longer than the backbone reads, and was cut. One
+            that is skipped instead (`on_overlong: skip`) has NaN everywhere.
     """
 
     objectives: tuple[str, ...]
@@ -58,6 +65,7 @@ class RewardOutput:
     adjusted: Float[Tensor, "batch objectives"]
     gating_weights: Float[Tensor, "batch objectives"]
     contributions: Float[Tensor, "batch objectives"]
+    truncated: Bool[Tensor, " batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +147,7 @@ class ArmoRewardModel(nn.Module):
         *,
         revision: str | None = None,
         device: str = "auto",
-        batch_tokens: int = 16384,
+        batch_tokens: int | Literal["auto"] = "auto",
     ) -> "ArmoRewardModel":
         """Load a model folder, with the backbone that it names.
 
@@ -147,7 +155,7 @@ class ArmoRewardModel(nn.Module):
             path: A folder, or a hub id.
             revision: Of the hub id.
             device: Of the backbone; `auto` is the first GPU, otherwise the CPU.
-            batch_tokens: Padded tokens per batch.
+            batch_tokens: Padded tokens per batch; halved where memory runs out.
 
         Raises:
             ArtifactError: If a file or tensor is missing, unexpected or of another shape.
@@ -286,7 +294,13 @@ class ArmoRewardModel(nn.Module):
             gating_weights = self._fixed_weights(weights).expand(len(h), -1)
         parts = contributions(gating_weights, adjusted)
         return RewardOutput(
-            self.objectives.names, parts.sum(dim=1), rewards, adjusted, gating_weights, parts
+            objectives=self.objectives.names,
+            score=parts.sum(dim=1),
+            rewards=rewards,
+            adjusted=adjusted,
+            gating_weights=gating_weights,
+            contributions=parts,
+            truncated=torch.zeros(len(parts), dtype=torch.bool),
         )
 
     def save_pretrained(
@@ -365,34 +379,59 @@ class ArmoRewardModel(nn.Module):
     ) -> RewardOutput:
         if scale not in ("unit", "rating"):
             raise ValueError(f"`scale` must be unit or rating, got {scale!r}.")
-        prompts: dict[Prompt, int] = {}
-        for conversation in conversations:
-            prompts.setdefault(conversation.prompt, len(prompts))
-        embedded_prompts = self.backbone.embed_prompts(list(prompts), max_rows=batch_size)
-        embedded = self.backbone.embed_responses(conversations, max_rows=batch_size)
-        if cut := int(embedded.truncated.sum()):
-            logger.warning(
-                "%d of %d conversations were longer than the backbone reads; what they were cut to "
-                "is what is scored",
-                cut,
-                len(conversations),
-            )
-        numbers = [prompts[conversation.prompt] for conversation in conversations]
-        out = self.score_embeddings(
-            embedded.values,
-            embedded_prompts.values[torch.tensor(numbers, dtype=torch.long)],
-            weights=weights,
+        prompts, responses, truncated = self._embed(conversations, batch_size=batch_size)
+        out = replace(
+            self.score_embeddings(responses, prompts, weights=weights), truncated=truncated
         )
         if scale == "unit":
             return out
         scales = torch.tensor([o.scale for o in self.objectives.objectives], dtype=torch.float64)
-        return RewardOutput(
-            out.objectives,
-            out.score,
-            scales[:, 0] + scales[:, 1] * out.rewards,
-            out.adjusted,
-            out.gating_weights,
-            out.contributions,
+        return replace(out, rewards=scales[:, 0] + scales[:, 1] * out.rewards)
+
+    def _embed(
+        self, conversations: Sequence[Conversation], *, batch_size: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed each distinct text once; return prompts, responses, and what was cut."""
+        numbers: dict[Prompt, dict[str, int]] = {}
+        for number, conversation in enumerate(conversations):
+            numbers.setdefault(conversation.prompt, {}).setdefault(conversation.response, number)
+        groups = [PromptGroup(prompt, tuple(texts)) for prompt, texts in numbers.items()]
+        chunks = _chunks(groups)
+        parts: list[GroupEmbeddings] = []
+        try:
+            parts.extend(self.backbone.embed_chunks(chunks, max_rows=batch_size))
+        except BackboneError as error:
+            if error.group is None:
+                raise
+            group = chunks[len(parts)][error.group]
+            of_prompt = numbers[group.prompt]
+            text = group.responses[error.response or 0]
+            raise BackboneError(f"conversation {of_prompt[text]}: {error}") from None
+        places = {
+            prompt: (k, {text: n for n, text in enumerate(texts)})
+            for k, (prompt, texts) in enumerate(numbers.items())
+        }
+        starts = torch.tensor([0, *(len(group.responses) for group in groups)]).cumsum(0).tolist()
+        prompt_rows, response_rows = [], []
+        for conversation in conversations:
+            k, texts = places[conversation.prompt]
+            prompt_rows.append(k)
+            response_rows.append(starts[k] + texts[conversation.response])
+        cut = torch.cat([part.responses.truncated for part in parts])[response_rows]
+        cut |= torch.cat([part.prompts.truncated for part in parts])[prompt_rows]
+        missing = torch.cat([part.responses.missing for part in parts])[response_rows]
+        for what, rows in (("cut, and scored as cut", cut), ("skipped, without a score", missing)):
+            if count := int(rows.sum()):
+                logger.warning(
+                    "%d of %d conversations are longer than the backbone reads: %s",
+                    count,
+                    len(conversations),
+                    what,
+                )
+        return (
+            torch.cat([part.prompts.values for part in parts])[prompt_rows],
+            torch.cat([part.responses.values for part in parts])[response_rows],
+            cut,
         )
 
     def _fixed_weights(self, weights: Mapping[str, float]) -> Float[Tensor, " objectives"]:
@@ -405,6 +444,19 @@ class ArmoRewardModel(nn.Module):
                 f"{dict(weights)}."
             )
         return fixed / fixed.sum()
+
+
+def _chunks(groups: Sequence[PromptGroup]) -> list[list[PromptGroup]]:
+    """Cut groups into chunks of about `CHUNK_ROWS` responses; at least one, if it is empty."""
+    chunks: list[list[PromptGroup]] = [[]]
+    rows = 0
+    for group in groups:
+        if rows >= CHUNK_ROWS:
+            chunks.append([])
+            rows = 0
+        chunks[-1].append(group)
+        rows += len(group.responses)
+    return chunks
 
 
 def _parse_prompt(prompt: Messages | str) -> Prompt:

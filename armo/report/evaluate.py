@@ -201,7 +201,7 @@ def _rival_table(
 ) -> Table:
     tables = data.tables
     test = tables.pairs_test.nonzero()[:, 0]
-    train = (~tables.pairs_test).nonzero()[:, 0]
+    train = tables.pairs_train.nonzero()[:, 0]
     chosen, rejected = tables.pairs_chosen, tables.pairs_rejected
     uniform = _uniform(data.objectives)
     formats = [data.covariates.index(name) for name in FORMAT_FEATURES]

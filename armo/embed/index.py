@@ -1,0 +1,315 @@
+"""One pass over the rows: distinct texts go to disk, numbers that point to them stay."""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from armo.artifacts import read_tensors, write_tensors
+from armo.data.checks import GroupSplits
+from armo.data.conversation import (
+    Message,
+    PreferencePair,
+    Prompt,
+    RatedResponse,
+    ResponseList,
+    Row,
+)
+from armo.data.objectives import ObjectiveSet
+from armo.embed.boundary import PromptGroup
+from armo.embed.store import Shard
+
+PROMPTS = "prompts.jsonl"
+RESPONSES = "responses.jsonl"
+OFFSETS = "texts.safetensors"
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class IndexedRows:
+    """Where the rows of each kind find their texts; see `RowTables`."""
+
+    group_of_prompt: Int[Tensor, " prompts"]
+    test_of_group: Bool[Tensor, " groups"]
+    ratings_response: Int[Tensor, " ratings"]
+    ratings: Float[Tensor, "ratings objectives"]
+    pairs_chosen: Int[Tensor, " pairs"]
+    pairs_rejected: Int[Tensor, " pairs"]
+    pairs_category: Int[Tensor, " pairs"]
+    lists_response: Int[Tensor, " list_responses"]
+    lists_of: Int[Tensor, " list_responses"]
+    lists_category: Int[Tensor, " lists"]
+    categories: tuple[str, ...]
+    unused_lists: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TextSpool:
+    """Distinct prompts and responses on disk, the responses to one prompt side by side.
+
+    Attributes:
+        folder: Where the texts are.
+        prompt_offsets: Where each prompt begins in its file.
+        response_offsets: Where each response begins in its file.
+        response_bytes: Length of each response with its prompt.
+        prompt_of_response: Prompt of each response; ascending.
+        prompt_digests: Digest of each prompt's text.
+        response_digests: Digest of each response's text.
+    """
+
+    folder: Path
+    prompt_offsets: Int[Tensor, " prompts"]
+    response_offsets: Int[Tensor, " responses"]
+    response_bytes: Int[Tensor, " responses"]
+    prompt_of_response: Int[Tensor, " responses"]
+    prompt_digests: Tensor
+    response_digests: Tensor
+
+    @classmethod
+    def load(cls, folder: Path) -> "TextSpool":
+        """Load what `index_rows` wrote into the folder."""
+        return cls(folder, **read_tensors(folder / OFFSETS))
+
+    def save(self) -> None:
+        """Save the numbers beside the texts."""
+        write_tensors(
+            self.folder / OFFSETS,
+            {f.name: getattr(self, f.name) for f in fields(self) if f.name != "folder"},
+        )
+
+    def shards(self, *, shard_rows: int) -> tuple[Shard, ...]:
+        """Cut the texts into shards of about `shard_rows` responses, between prompts."""
+        counts = torch.bincount(self.prompt_of_response, minlength=len(self.prompt_offsets))
+        shards: list[Shard] = []
+        prompt = response = prompts = responses = 0
+        for count in counts.tolist():
+            prompts, responses = prompts + 1, responses + count
+            last = prompt + prompts == len(counts)
+            if responses >= shard_rows or last:
+                digest = hashlib.sha256()
+                digest.update(bytes(self.prompt_digests[prompt : prompt + prompts].flatten()))
+                stop = response + responses
+                digest.update(bytes(self.response_digests[response:stop].flatten()))
+                digest.update(bytes(counts[prompt : prompt + prompts].numpy()))
+                shards.append(Shard(prompts, responses, digest.hexdigest()))
+                prompt, response = prompt + prompts, stop
+                prompts = responses = 0
+        return tuple(shards)
+
+    def prompt(self, number: int) -> Prompt:
+        """Read a prompt."""
+        with (self.folder / PROMPTS).open("rb") as file:
+            return _read_prompt(file, int(self.prompt_offsets[number]))
+
+    def responses(self, numbers: Sequence[int]) -> list[tuple[str, str]]:
+        """Read responses, each with the id of the first row that has it."""
+        with (self.folder / RESPONSES).open("rb") as file:
+            lines = [_line(file, offset) for offset in self.response_offsets[numbers].tolist()]
+        return [(line["text"], line["row"]) for line in lines]
+
+    def groups(self, prompts: range, responses: range) -> list[PromptGroup]:
+        """Read the prompts of a shard with the responses to them."""
+        texts: dict[int, list[str]] = {prompt: [] for prompt in prompts}
+        numbers = list(responses)
+        owners = self.prompt_of_response[responses.start : responses.stop].tolist()
+        for owner, (text, _) in zip(owners, self.responses(numbers), strict=True):
+            texts[owner].append(text)
+        with (self.folder / PROMPTS).open("rb") as file:
+            offsets = self.prompt_offsets[prompts.start : prompts.stop].tolist()
+            turns = [_read_prompt(file, offset) for offset in offsets]
+        return [
+            PromptGroup(prompt, tuple(texts[number]))
+            for number, prompt in zip(prompts, turns, strict=True)
+        ]
+
+
+class RowIndexer:
+    """Numbers the distinct texts of a stream of rows, and writes each of them to disk once.
+
+    What stays in memory is about 400 bytes per distinct text, and 8 for each rating.
+    """
+
+    def __init__(self, folder: Path, objectives: ObjectiveSet, *, test_fraction: float) -> None:
+        """Start with no rows; texts go to files in `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.splits = GroupSplits(test_fraction)
+        self._columns = {o.name: (k, o) for k, o in enumerate(objectives.objectives)}
+        self._prompts = _Texts(folder / PROMPTS)
+        self._responses = _Texts(folder / RESPONSES)
+        self._group_of_prompt = array("q")
+        self._prompt_of_response = array("q")
+        self._categories: dict[str, int] = {}
+        self._ratings = array("d")
+        self._numbers = {
+            name: array("q")
+            for name in ("rated", "chosen", "rejected", "paired", "listed", "of", "list_category")
+        }
+        self._list_groups = array("q")
+
+    def add_ratings(self, rows: Iterable[RatedResponse]) -> None:
+        """Add rated responses."""
+        for row in rows:
+            self._numbers["rated"].extend(self._add(row)[0])
+            values = array("d", [float("nan")]) * len(self._columns)
+            for name, rating in row.ratings.items():
+                column, objective = self._columns[name]
+                values[column] = objective.to_unit(rating)
+            self._ratings.extend(values)
+
+    def add_pairs(self, rows: Iterable[PreferencePair]) -> None:
+        """Add preference pairs."""
+        for row in rows:
+            chosen, rejected = self._add(row)[0]
+            self._numbers["chosen"].append(chosen)
+            self._numbers["rejected"].append(rejected)
+            self._numbers["paired"].append(self._category(row))
+
+    def add_lists(self, rows: Iterable[ResponseList]) -> None:
+        """Add response lists; those on training prompts are dropped at the end."""
+        for row in rows:
+            numbers, group = self._add(row)
+            self._numbers["of"].extend([len(self._list_groups)] * len(numbers))
+            self._numbers["listed"].extend(numbers)
+            self._numbers["list_category"].append(self._category(row))
+            self._list_groups.append(group)
+
+    def finish(self) -> tuple[TextSpool, IndexedRows]:
+        """Number the texts that are used, responses to one prompt side by side, and save them."""
+        self._prompts.close()
+        self._responses.close()
+        n = {name: _tensor(values) for name, values in self._numbers.items()}
+        test_of_group = torch.tensor(self.splits.test(), dtype=torch.bool)
+        # Lists are for evaluation only; those on training prompts would be embedded in vain.
+        list_used = test_of_group[_tensor(self._list_groups)]
+        entry_used = list_used[n["of"]]
+        prompt_of = _tensor(self._prompt_of_response)
+        used = torch.zeros(len(prompt_of), dtype=torch.bool)
+        for numbers in (n["rated"], n["chosen"], n["rejected"], n["listed"][entry_used]):
+            used[numbers] = True
+        order = used.nonzero()[:, 0]
+        order = order[prompt_of[order].sort(stable=True).indices]
+        prompts = prompt_of[order].unique()
+        new_response = _inverse(order, len(used))
+        new_prompt = _inverse(prompts, len(self._group_of_prompt))
+        spool = TextSpool(
+            self.folder,
+            prompt_offsets=_tensor(self._prompts.offsets)[prompts],
+            response_offsets=_tensor(self._responses.offsets)[order],
+            response_bytes=self._responses.sizes()[order]
+            + self._prompts.sizes()[prompt_of[order]],
+            prompt_of_response=new_prompt[prompt_of[order]],
+            prompt_digests=self._prompts.digests()[prompts],
+            response_digests=self._responses.digests()[order],
+        )
+        spool.save()
+        names = sorted(self._categories)
+        renamed = torch.tensor(
+            [names.index(name) for name in self._categories] or [0], dtype=torch.int64
+        )
+        return spool, IndexedRows(
+            group_of_prompt=_tensor(self._group_of_prompt)[prompts],
+            test_of_group=test_of_group,
+            ratings_response=new_response[n["rated"]],
+            ratings=_tensor(self._ratings).reshape(len(n["rated"]), len(self._columns)),
+            pairs_chosen=new_response[n["chosen"]],
+            pairs_rejected=new_response[n["rejected"]],
+            pairs_category=renamed[n["paired"]],
+            lists_response=new_response[n["listed"][entry_used]],
+            lists_of=_inverse(list_used.nonzero()[:, 0], len(list_used))[n["of"][entry_used]],
+            lists_category=renamed[n["list_category"][list_used]],
+            categories=tuple(names),
+            unused_lists=int((~list_used).sum()),
+        )
+
+    def _add(self, row: Row) -> tuple[list[int], int]:
+        """Return the number of each response of a row, and of the row's split group."""
+        group = self.splits.add(row)
+        turns = [[message.role, message.content] for message in row.prompt]
+        prompt = self._prompts.add(turns)
+        if prompt == len(self._group_of_prompt):
+            self._group_of_prompt.append(group)
+        numbers = []
+        for text in row.responses:
+            number = self._responses.add([prompt, text], {"row": row.id, "text": text})
+            if number == len(self._prompt_of_response):
+                self._prompt_of_response.append(prompt)
+            numbers.append(number)
+        return numbers, group
+
+    def _category(self, row: PreferencePair | ResponseList) -> int:
+        return self._categories.setdefault(row.category, len(self._categories))
+
+
+class _Texts:
+    """A file of distinct texts, one JSON value per line."""
+
+    def __init__(self, path: Path) -> None:
+        self.offsets = array("q")
+        self._file = path.open("wb")
+        self._end = 0
+        self._numbers: dict[bytes, int] = {}
+
+    def add(self, key: Any, line: Any = None) -> int:
+        """Write what `key` stands for, unless it is there already; return its number."""
+        text = json.dumps(key, ensure_ascii=False).encode()
+        digest = hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest()
+        number = self._numbers.setdefault(digest, len(self._numbers))
+        if number == len(self.offsets):
+            self.offsets.append(self._file.tell())
+            self._file.write(text if line is None else json.dumps(line, ensure_ascii=False).encode())
+            self._file.write(b"\n")
+        return number
+
+    def digests(self) -> Tensor:
+        """Return the digest of each text."""
+        joined = bytearray(b"".join(self._numbers))
+        flat = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0)
+        return flat.to(torch.uint8).reshape(-1, DIGEST_BYTES)
+
+    def sizes(self) -> Tensor:
+        """Return the length of each line in bytes."""
+        return torch.diff(_tensor(self.offsets), append=torch.tensor([self._end]))
+
+    def close(self) -> None:
+        self._end = self._file.tell()
+        self._file.close()
+
+
+def spans(shards: Sequence[Shard]) -> Iterator[tuple[range, range]]:
+    """Yield the prompt numbers and the response numbers of each shard."""
+    prompt = response = 0
+    for shard in shards:
+        yield (
+            range(prompt, prompt + shard.prompts),
+            range(response, response + shard.responses),
+        )
+        prompt, response = prompt + shard.prompts, response + shard.responses
+
+
+def _line(file: Any, offset: int) -> Any:
+    file.seek(offset)
+    return json.loads(file.readline())
+
+
+def _read_prompt(file: Any, offset: int) -> Prompt:
+    return tuple(Message(role, content) for role, content in _line(file, offset))
+
+
+def _tensor(values: "array[Any]") -> Tensor:
+    dtype = torch.float64 if values.typecode == "d" else torch.int64
+    return torch.frombuffer(values, dtype=dtype).clone() if values else torch.empty(0, dtype=dtype)
+
+
+def _inverse(order: Tensor, size: int) -> Tensor:
+    """Return the place of each number in `order`; -1 where it is not in it."""
+    places = torch.full((size,), -1, dtype=torch.int64)
+    places[order] = torch.arange(len(order))
+    return places
