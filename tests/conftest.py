@@ -114,7 +114,8 @@ def causal_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def encoder(encoder_folder):
-    from armo.embed.backbone import BackboneSpec, load_backbone
+    from armo.embed.backbone import load_backbone
+    from armo.embed.spec import BackboneSpec
 
     return load_backbone(
         BackboneSpec(
@@ -131,7 +132,8 @@ def encoder(encoder_folder):
 
 @pytest.fixture(scope="session")
 def causal(causal_folder):
-    from armo.embed.backbone import BackboneSpec, load_backbone
+    from armo.embed.backbone import load_backbone
+    from armo.embed.spec import BackboneSpec
 
     return load_backbone(
         BackboneSpec(str(causal_folder), pooling="last", max_tokens=128, max_prompt_tokens=64),

@@ -110,9 +110,7 @@ class Backbone:
         Raises:
             BackboneError: Naming the group and the response that cannot be embedded.
         """
-        return next(
-            self.embed_chunks([groups], max_rows=max_rows, share=share, progress=progress)
-        )
+        return next(self.embed_chunks([groups], max_rows=max_rows, share=share, progress=progress))
 
     def embed_chunks(
         self,

@@ -267,7 +267,8 @@ def run_team(folder: Path, *, load: Callable[..., Backbone], team: Team, shard_r
     except ProcessRaisedException as error:
         # The error of another process is a traceback as text; its last line says what happened.
         reason = str(error).strip().splitlines()[-1]
-        raise BackboneError(reason.removeprefix(f"{BackboneError.__module__}.BackboneError: "))
+        name = f"{BackboneError.__module__}.{BackboneError.__name__}: "
+        raise BackboneError(reason.removeprefix(name)) from None
 
 
 def _embed_share(
@@ -292,10 +293,12 @@ def _embed_share(
     chunks = (spool.groups(*ranges[shard]) for shard in mine)
     with _Progress(store, missing, spool, hidden=fabric.global_rank > 0) as progress:
         number = 0
+
+        def show(share: float) -> None:
+            progress.show(mine[number], share)
+
         try:
-            for embedded in backbone.embed_chunks(
-                chunks, progress=lambda share: progress.show(mine[number], share)
-            ):
+            for embedded in backbone.embed_chunks(chunks, progress=show):
                 store.write(mine[number], prompts=embedded.prompts, responses=embedded.responses)
                 number += 1
         except BackboneError as error:

@@ -203,8 +203,7 @@ class RowIndexer:
             self.folder,
             prompt_offsets=_tensor(self._prompts.offsets)[prompts],
             response_offsets=_tensor(self._responses.offsets)[order],
-            response_bytes=self._responses.sizes()[order]
-            + self._prompts.sizes()[prompt_of[order]],
+            response_bytes=self._responses.sizes()[order] + self._prompts.sizes()[prompt_of[order]],
             prompt_of_response=new_prompt[prompt_of[order]],
             prompt_digests=self._prompts.digests()[prompts],
             response_digests=self._responses.digests()[order],
@@ -264,7 +263,9 @@ class _Texts:
         number = self._numbers.setdefault(digest, len(self._numbers))
         if number == len(self.offsets):
             self.offsets.append(self._file.tell())
-            self._file.write(text if line is None else json.dumps(line, ensure_ascii=False).encode())
+            self._file.write(
+                text if line is None else json.dumps(line, ensure_ascii=False).encode()
+            )
             self._file.write(b"\n")
         return number
 

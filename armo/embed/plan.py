@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -74,7 +75,7 @@ class Plan:
         return sum(len(sequence.ids) for sequence in (*self.sequences, *tails))
 
 
-class _Skipped(Exception):
+class _SkippedError(Exception):
     """A text is too long and is to be left out."""
 
 
@@ -137,7 +138,7 @@ class TextPlanner:
             target = targets.stop
             try:
                 prompt = self._fit_prompt(plan, number, group.prompt)
-            except _Skipped:
+            except _SkippedError:
                 plan.missing |= {number, *targets}
                 continue
             except BackboneError as error:
@@ -148,7 +149,7 @@ class TextPlanner:
             for k, response in enumerate(group.responses):
                 try:
                     rows.append(self._conversation_row(plan, targets[k], response))
-                except _Skipped:
+                except _SkippedError:
                     plan.missing.add(targets[k])
                 except BackboneError as error:
                     raise _refusal(str(error), number, k) from None
@@ -180,7 +181,7 @@ class TextPlanner:
             try:
                 parts = self._prompt_parts(plan, number, ids[number])
                 context = self._fit_prompt(plan, number, ids[number], quietly=True)
-            except _Skipped:
+            except _SkippedError:
                 plan.missing |= {number, *targets}
                 continue
             except BackboneError as error:
@@ -193,7 +194,7 @@ class TextPlanner:
                     plan.truncated.add(response)
                 try:
                     parts = self._response_parts(plan, response, ids[response], len(context))
-                except _Skipped:
+                except _SkippedError:
                     plan.missing.add(response)
                     continue
                 except BackboneError as error:
@@ -233,7 +234,7 @@ class TextPlanner:
 
     def _refuse_overlong(self, part: str, length: int, limit: int, *, setting: str) -> None:
         if self.spec.on_overlong == "skip":
-            raise _Skipped
+            raise _SkippedError
         if self.spec.on_overlong == "error":
             raise BackboneError(
                 f"the {part} has {length} tokens, {limit} fit; raise `{setting}` or set "
@@ -298,7 +299,7 @@ def _windows(ids: list[int], limit: int) -> list[list[int]]:
     """Cut a text into as few parts as fit, of nearly equal length."""
     count = max(1, -(-len(ids) // limit))
     edges = [len(ids) * k // count for k in range(count + 1)]
-    return [ids[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [ids[start:end] for start, end in pairwise(edges)]
 
 
 def _plain_text(prompt: Prompt) -> str:

@@ -252,7 +252,7 @@ class EmbeddingTable:
                 f"`rows` must be at least 0 and below {self.rows}, the number of {self.name}; got "
                 f"{int(wrong[0])}."
             )
-        order = rows.argsort(stable=True)
+        order = rows.argsort()
         shard_of = torch.searchsorted(self.ends, rows[order], right=True)
         shards, counts = shard_of.unique_consecutive(return_counts=True)
         for shard, here in zip(shards.tolist(), order.split(counts.tolist()), strict=True):

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from armo.data.builtin import compose as corpus
-from armo.data.checks import check_objectives, split_groups
+from armo.data.checks import GroupSplits, check_objectives
 from armo.data.conversation import prompt_group
 from armo.data.objectives import Objective, ObjectiveSet
 from armo.data.sources import load_lists, load_pairs, load_ratings
@@ -175,8 +175,15 @@ def test_the_corpus_has_its_promised_size(content, ratings, pairs, counterfactua
 
 def test_every_objective_is_rated_and_some_ratings_are_missing(ratings):
     for side in SIDES:
-        rows = [row for row in ratings if row.split == side]
-        check_objectives(rows, OBJECTIVES, min_ratings=400)
+        table = [
+            [
+                o.to_unit(row.ratings[o.name]) if o.name in row.ratings else np.nan
+                for o in OBJECTIVES.objectives
+            ]
+            for row in ratings
+            if row.split == side
+        ]
+        check_objectives(torch.tensor(table), OBJECTIVES, min_ratings=400)
     for name in OBJECTIVES.names:
         assert 0 < sum(name not in row.ratings for row in ratings) < len(ratings)
     assert all(row.ratings for row in ratings)
@@ -184,11 +191,13 @@ def test_every_objective_is_rated_and_some_ratings_are_missing(ratings):
 
 def test_no_prompt_is_on_both_sides_of_the_split(content, ratings, pairs, counterfactuals):
     rows = [*ratings, *pairs, *counterfactuals]
-    splits = split_groups(rows, test_fraction=0.5)
-    assert all(splits[prompt_group(row.prompt)] == row.split for row in rows)
-    assert len(splits) == len(content)
-    counts = Counter(splits.values())
-    assert counts["test"] == counts["train"] / 3
+    splits = GroupSplits(0.5)
+    groups = [splits.add(row) for row in rows]
+    test = splits.test()
+    for group, row in zip(groups, rows, strict=True):
+        assert test[group] == (row.split == "test")
+    assert len(test) == len({prompt_group(row.prompt) for row in rows}) == len(content)
+    assert sum(test) == len(test) / 4
 
 
 def test_each_kind_of_prompt_is_on_both_sides_of_the_split(pairs):

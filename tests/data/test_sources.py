@@ -1,12 +1,23 @@
 import gzip
 import json
 import re
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from armo.data.objectives import Objective, ObjectiveSet
-from armo.data.sources import DataError, load_lists, load_pairs, load_ratings, load_scorable
+from armo.data.sources import (
+    DataError,
+    load_lists,
+    load_pairs,
+    load_ratings,
+    load_scorable,
+    stream_lists,
+    stream_pairs,
+    stream_ratings,
+)
 
 OBJECTIVES = ObjectiveSet((Objective("honesty", 1, 5), Objective("safety", 1, 5)))
 BUILTIN_OBJECTIVES = ObjectiveSet(
@@ -54,6 +65,21 @@ def ratings_of(path):
     return load_ratings(path, objectives=OBJECTIVES)
 
 
+def streamed_ratings(path):
+    return stream_ratings(path, objectives=OBJECTIVES)
+
+
+STREAMS = pytest.mark.parametrize(
+    ("stream", "load", "row"),
+    [
+        (streamed_ratings, ratings_of, RATING),
+        (stream_pairs, load_pairs, PAIR),
+        (stream_lists, load_lists, LIST),
+    ],
+    ids=["ratings", "pairs", "lists"],
+)
+
+
 def ids(rows):
     return [row.id for row in rows]
 
@@ -68,6 +94,70 @@ def test_every_format_gives_the_same_rows(write, suffix, load, row):
     rows = [row, {**row, "id": "b"}]
     assert load(write(f"rows.{suffix}", rows)) == load(write("reference.jsonl", rows))
     assert ids(load(write(f"rows.{suffix}", rows))) == ["a", "b"]
+
+
+@STREAMS
+def test_a_stream_yields_what_is_loaded(write, stream, load, row):
+    path = write("rows.jsonl", [{**row, "id": str(k)} for k in range(5)])
+    rows = stream(path)
+    assert isinstance(rows, Iterator)
+    assert list(rows) == load(path)
+    assert list(rows) == []
+
+
+@STREAMS
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_a_stream_gives_the_rows_before_a_bad_one(write, suffix, stream, load, row):
+    path = write(f"rows.{suffix}", [row, {**row, "id": "b"}, {**row, "id": "c", "source": 7}])
+    rows = stream(path)
+    assert [next(rows).id, next(rows).id] == ["a", "b"]
+    with pytest.raises(DataError, match=re.escape(f"{path}:3: field `source`")):
+        next(rows)
+    with pytest.raises(DataError, match=re.escape(f"{path}:3: field `source`")):
+        load(path)
+
+
+@STREAMS
+def test_a_stream_reads_no_file_before_its_rows_are_asked_for(write, stream, load, row):
+    first, second = write("1.jsonl", [row]), write("2.jsonl", ["not JSON"])
+    rows = stream([first, second])
+    assert next(rows).id == "a"
+    Path(second).write_text(json.dumps({**row, "id": "b"}) + "\n")
+    assert [row.id for row in rows] == ["b"]
+
+
+@STREAMS
+def test_a_stream_says_that_a_file_is_missing_or_empty_when_it_is_reached(write, stream, load, row):
+    rows = stream("absent.jsonl")
+    with pytest.raises(DataError, match=r"No such file or folder: absent\.jsonl"):
+        next(rows)
+    path = write("empty.jsonl", [])
+    with pytest.raises(DataError, match=re.escape(f"{path}: no rows")):
+        next(stream(path))
+
+
+@STREAMS
+def test_a_stream_names_both_places_of_a_duplicate_id(write, stream, load, row):
+    first = write("1.jsonl.gz", ["", row])
+    second = write("2.jsonl", [{**row, "id": "b"}, row])
+    rows = stream([first, second])
+    assert [next(rows).id, next(rows).id] == ["a", "b"]
+    place = f"{second}:2: id 'a' stands at {first}:2 already"
+    with pytest.raises(DataError, match=re.escape(place)):
+        next(rows)
+
+
+def test_a_stream_keeps_no_row(write):
+    rows = [{**PAIR, "id": str(k), "chosen": f"{k} " + "long " * 2000} for k in range(200)]
+    path = write("rows.jsonl", rows)
+    stream = stream_pairs(path)
+    next(stream)
+    tracemalloc.start()
+    for _ in stream:
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < Path(path).stat().st_size / 10
 
 
 def test_a_folder_is_read_in_name_order_and_other_files_are_left_alone(write, tmp_path):

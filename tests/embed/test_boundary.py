@@ -391,13 +391,31 @@ def test_a_response_that_the_template_refuses_is_named_with_its_reason():
     assert (caught.value.group, caught.value.response) == (0, 1)
 
 
-def test_a_generation_prompt_that_changes_the_turns_before_it_is_refused():
-    announces = "{% if add_generation_prompt %}Answer this: {% endif %}" + TURNS
-    group = PromptGroup(ASK, ["Yes."])
+@pytest.mark.parametrize(
+    "when", ["add_generation_prompt", "'</think>' in messages[-1].content"], ids=["open", "think"]
+)
+def test_a_generation_prompt_or_thinking_that_changes_the_turns_before_it_is_refused(when):
+    announces = "{% if " + when + " %}Answer this: {% endif %}" + TURNS
     with pytest.raises(BoundaryError, match="they part after ''"):
-        with_template(announces, position="generation_prompt").tokenise([group])
+        with_template(announces, position="generation_prompt").tokenise([PromptGroup(ASK, ())])
     # The end of the turn does not depend on it.
-    with_template(announces, position="turn_end").tokenise([group])
+    with_template(announces, position="turn_end").tokenise([PromptGroup(ASK, ["Yes."])])
+
+
+@pytest.mark.parametrize("role", ["tool", "system"])
+def test_a_turn_in_the_middle_that_the_template_leaves_out_is_refused(role):
+    answered = Message("assistant", "I look it up.")
+    late = (*ASK, answered, Message(role, "7"), answered, Message("user", "And now?"))
+    leaves_out = TURNS.replace("in messages", "in messages if m.role in ('user', 'assistant')")
+    with pytest.raises(BoundaryError, match="leaves out a system or tool turn"):
+        with_template(leaves_out).tokenise([PromptGroup(late, ())])
+    with_template(TURNS).tokenise([PromptGroup(late, ())])
+
+
+def test_a_response_that_the_template_does_not_close_has_no_closing_tokens():
+    closes = TURNS + "{% if not messages[-1].content.endswith('...') %}<|eot_id|>{% endif %}"
+    (tokens,) = with_template(closes).tokenise([PromptGroup(ASK, ["In water.", "In ..."])])
+    assert [found.closing for found in tokens.responses] == [1, 0]
 
 
 def test_a_template_that_leaves_out_the_response_is_refused():

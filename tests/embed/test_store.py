@@ -296,6 +296,19 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("said", "instead"),
+    [(b'"F32"', b'"I32"'), (b"[2,3]", b"[3,2]"), (b'"prompts_missing"', b'"prompts_missinG"')],
+    ids=["dtype", "shape", "name"],
+)
+def test_the_same_bytes_read_as_something_else_are_found(tmp_path, said, instead):
+    fill(tmp_path)
+    path = path_of(tmp_path, 0)
+    assert said in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(said, instead))
+    assert create(tmp_path).missing_shards() == [0]
+
+
+@pytest.mark.parametrize(
     "harm",
     [
         lambda whole: whole[:-1],

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
-from armo.embed.store import EmbeddingStore
+from armo.embed.store import Embeddings, EmbeddingStore, Shard
 from armo.fit.heads import FittedHeads, ObjectiveHeads, deal_folds, fit_heads
 
 NAMES = ("helpfulness", "honesty", "verbosity")
@@ -44,14 +44,18 @@ class Problem:
 
 
 def write_store(folder, embeddings, *, shard_rows=7):
-    rows, dim = embeddings.shape
-    store = EmbeddingStore.create(
-        folder, rows=rows, dim=dim, shard_rows=shard_rows, fingerprint="f", texts="t"
-    )
-    for shard in range(store.shards):
-        part = embeddings[torch.tensor(store.shard_range(shard))]
-        store.write(shard, embeddings=part, truncated=torch.zeros(len(part), dtype=torch.bool))
-    return EmbeddingStore.open(folder)
+    parts = embeddings.split(shard_rows)
+    shards = [Shard(0, len(part), f"text of shard {k}") for k, part in enumerate(parts)]
+    dim = embeddings.shape[1]
+    store = EmbeddingStore.create(folder, dim=dim, fingerprint="f", shards=shards)
+    for shard, part in enumerate(parts):
+        store.write(shard, prompts=_unmarked(part[:0]), responses=_unmarked(part))
+    return EmbeddingStore.open(folder).responses
+
+
+def _unmarked(values):
+    nothing = torch.zeros(len(values), dtype=torch.bool)
+    return Embeddings(values, truncated=nothing, missing=nothing)
 
 
 def assert_is_ridge(heads, k, x, y, *, alpha):

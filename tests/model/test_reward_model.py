@@ -6,8 +6,9 @@ from conftest import conversation, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from armo.data.conversation import Conversation, Message
+from armo.data.conversation import Message
 from armo.data.objectives import Objective, ObjectiveSet
+from armo.embed.boundary import PromptGroup
 from armo.fit.decorrelation import RewardTransform
 from armo.fit.gating import GatingNetwork
 from armo.fit.heads import ObjectiveHeads
@@ -47,9 +48,8 @@ def assert_same(first, second, **tolerance):
 def embed_alone(backbone, messages):
     """Prompt and response embedding of one conversation, in a batch of its own."""
     turns = tuple(Message(**message) for message in messages)
-    prompts = backbone.embed_prompts([turns[:-1]]).values
-    responses = backbone.embed_responses([Conversation(turns[:-1], turns[-1].content)]).values
-    return prompts[0].double(), responses[0].double()
+    embedded = backbone.embed([PromptGroup(turns[:-1], (turns[-1].content,))])
+    return embedded.prompts.values[0].double(), embedded.responses.values[0].double()
 
 
 def gate_slowly(gate, prompt):

@@ -14,10 +14,10 @@ from armo.data.conversation import (
     PreferencePair,
     RatedResponse,
     ResponseList,
-    prompt_group,
 )
 from armo.data.surface import FORMAT_FEATURES, SURFACE_FEATURES, surface_features
-from armo.embed.extract import EmbeddedData, embed_rows
+from armo.embed.boundary import PromptGroup
+from armo.embed.extract import EmbeddedData, Team, embed_rows
 from armo.fit.decorrelation import RewardTransform
 from armo.fit.heads import ObjectiveHeads
 from armo.report.evaluate import DECIDED, Evaluation, Mix, Table, evaluate, style_differences
@@ -38,7 +38,6 @@ class Case:
     ratings: list[RatedResponse]
     pairs: list[PreferencePair]
     lists: list[ResponseList]
-    splits: dict[str, str]
     data: EmbeddedData
     backbone: Any
     heads: ObjectiveHeads
@@ -49,13 +48,14 @@ class Case:
     embedded: dict = field(default_factory=dict)
 
     def test_side(self, rows):
-        return [row for row in rows if self.splits[prompt_group(row.prompt)] == "test"]
+        return [row for row in rows if row.split == "test"]
 
     def embed(self, prompt, response):
         """The response's embedding in a batch of its own."""
         talk = Conversation(prompt, response)
         if talk not in self.embedded:
-            self.embedded[talk] = self.backbone.embed_responses([talk]).values[0].double()
+            group = PromptGroup(prompt, (response,))
+            self.embedded[talk] = self.backbone.embed([group]).responses.values[0].double()
         return self.embedded[talk]
 
     def adjusted(self, prompt, response, *, mix):
@@ -63,7 +63,7 @@ class Case:
 
     def weights(self, prompt, *, mix):
         if prompt not in self.embedded:
-            self.embedded[prompt] = self.backbone.embed_prompts([prompt]).values
+            self.embedded[prompt] = self.backbone.embed([PromptGroup(prompt, ())]).prompts.values
         with torch.no_grad():
             return mix.gate(self.embedded[prompt])[0].double()
 
@@ -74,21 +74,27 @@ class Case:
 
 def _rows():
     generator = random.Random(0)
-    ratings, pairs, lists, splits = [], [], [], {}
+    ratings, pairs, lists = [], [], []
     for k in range(24):
         prompt = (Message("user", f"Question {k}: " + _text(generator)),)
-        splits[prompt_group(prompt)] = "test" if k % 2 else "train"
+        split = "test" if k % 2 else "train"
         category = CATEGORIES[k % 3]
         for n in range(2):
             rated = {"helpfulness": generator.randint(1, 5), "harm": generator.randint(0, 10)}
+            if split == "train":  # what no test row rates
+                rated |= {"honesty": 1 + n, "verbosity": n, "formatting": n}
             talk = Conversation(prompt, _text(generator))
-            ratings.append(RatedResponse(f"r{k}-{n}", "test", talk, rated, category))
+            ratings.append(RatedResponse(f"r{k}-{n}", "test", talk, rated, category, split))
             texts = _text(generator), _text(generator)
-            pairs.append(PreferencePair(f"p{k}-{n}", "test", prompt, *texts, category=category))
+            pairs.append(
+                PreferencePair(
+                    f"p{k}-{n}", "test", prompt, *texts, category=category, split=split
+                )
+            )
         texts = _text(generator), _text(generator, most=30)
         kind = ("length", "format")[k // 2 % 2]
-        lists.append(ResponseList(f"l{k}", "test", prompt, texts, category=kind))
-    return ratings, pairs, lists, splits
+        lists.append(ResponseList(f"l{k}", "test", prompt, texts, category=kind, split=split))
+    return ratings, pairs, lists
 
 
 def _evaluate(data, *, heads, mix, other, constant):
@@ -104,16 +110,18 @@ def _evaluate(data, *, heads, mix, other, constant):
 
 
 def _embed(folder, backbone, rows):
-    ratings, pairs, lists, splits = rows
+    ratings, pairs, lists = rows
     embed_rows(
         folder,
-        backbone=backbone,
+        load=lambda device: backbone,
         objectives=make_model(backbone).objectives,
         ratings=ratings,
         pairs=pairs,
         lists=lists,
-        splits=splits,
-        shard_rows=50,
+        test_fraction=0.5,
+        min_ratings=1,
+        shard_rows=20,
+        team=Team(accelerator="cpu"),
     )
     return EmbeddedData.load(folder)
 
@@ -315,7 +323,7 @@ def test_the_style_table_shows_rank_correlations_of_the_score_before_and_after(c
 
 def test_style_differences_are_those_of_scikit_learn(case):
     tables = case.data.tables
-    train, test = (~tables.pairs_test).nonzero()[:, 0], tables.pairs_test.nonzero()[:, 0]
+    train, test = tables.pairs_train.nonzero()[:, 0], tables.pairs_test.nonzero()[:, 0]
     chosen, rejected = tables.pairs_chosen, tables.pairs_rejected
     ours = style_differences(tables.covariates, chosen, rejected, train, test)
     assert ours.tolist() == pytest.approx(style_rival(case, SURFACE_FEATURES), abs=1e-6)
@@ -323,7 +331,7 @@ def test_style_differences_are_those_of_scikit_learn(case):
 
 def test_style_differences_change_sign_with_the_order_of_the_pair(case):
     tables = case.data.tables
-    train, test = (~tables.pairs_test).nonzero()[:, 0], tables.pairs_test.nonzero()[:, 0]
+    train, test = tables.pairs_train.nonzero()[:, 0], tables.pairs_test.nonzero()[:, 0]
     chosen, rejected = tables.pairs_chosen, tables.pairs_rejected
     forth = style_differences(tables.covariates, chosen, rejected, train, test)
     swapped = chosen.clone(), rejected.clone()
@@ -341,7 +349,7 @@ def test_without_counterfactual_pairs_their_table_is_left_out(case, encoder, tmp
     if length is not None:
         prompt = case.test_side(case.pairs)[0].prompt
         lists = [ResponseList("l", "test", prompt, ("Yes.", "No.", "Maybe.")[:length])]
-    data = _embed(tmp_path, encoder, (case.ratings, case.pairs, lists, case.splits))
+    data = _embed(tmp_path, encoder, (case.ratings, case.pairs, lists))
     evaluation = _evaluate(
         data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
     )
@@ -353,7 +361,7 @@ def test_without_counterfactual_pairs_their_table_is_left_out(case, encoder, tmp
 
 def test_without_test_pairs_only_ratings_are_evaluated(case, encoder, tmp_path):
     train = [pair for pair in case.pairs if pair not in case.test_side(case.pairs)]
-    data = _embed(tmp_path, encoder, (case.ratings, train, [], case.splits))
+    data = _embed(tmp_path, encoder, (case.ratings, train, []))
     evaluation = _evaluate(
         data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
     )
