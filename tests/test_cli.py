@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import gzip
 import importlib
 import inspect
@@ -16,6 +17,7 @@ from conftest import conversation, make_model
 from safetensors.torch import load_file, save_file
 
 from armo import cli
+from armo.embed.backbone import Backbone
 
 ROOT = Path(__file__).parents[1]
 PROMPT = [{"role": "user", "content": "Is it safe?"}]
@@ -146,7 +148,8 @@ def test_score_writes_one_object_per_row_in_order(scored):
     assert [result["id"] for result in results] == ["talk", "pair", "list", "one", "4"]
     assert "saved" in out
     for result in results:
-        assert list(result) == ["id", "score", "rewards", "gating_weights", "contributions"]
+        parts = ["rewards", "gating_weights", "contributions"]
+        assert list(result) == ["id", "score", *parts, "truncated"]
 
 
 def test_score_gives_numbers_for_conversations_and_lists_for_several_responses(scored):
@@ -197,6 +200,93 @@ def test_score_takes_weights_and_a_scale(scored, saved, rows_file, tmp_path):
     assert [*result["gating_weights"].values()] == pytest.approx([0, 0.75, 0.25, 0, 0])
     assert result["rewards"]["honesty"] == pytest.approx(1 + 4 * unit["honesty"], abs=1e-4)
     assert result["rewards"]["harm"] == pytest.approx(10 - 10 * unit["harm"], abs=1e-4)
+
+
+LONG = "It warns of risks. " * 60
+LONG_ROWS = [
+    {"id": "short", "messages": conversation("Is it safe?", "Yes.")},
+    {"id": "long", "messages": conversation("Is it safe?", LONG)},
+    {"id": "pair", "prompt": PROMPT, "chosen": LONG, "rejected": "No."},
+    {"id": "asked", "prompt": [{"role": "user", "content": LONG}], "responses": ["One.", "Two."]},
+    {"id": "last", "messages": conversation("Is it safe?", "No.")},
+]
+
+
+def save_with(encoder, folder, **spec):
+    """Save a model whose backbone reads long texts in another way."""
+    spec = dataclasses.replace(encoder.spec, **spec)
+    backbone = Backbone(spec, model=encoder.model, tokenizer=encoder.tokenizer)
+    make_model(backbone).save_pretrained(folder)
+    return folder
+
+
+def refuse(constant):
+    raise ValueError(f"{constant} is no JSON")
+
+
+def score_long_rows(folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", LONG_ROWS)
+    output = tmp_path / "scores.jsonl"
+    status, out, err = run(
+        "score", f"model={folder}", f"input={rows}", f"output={output}", "device=cpu"
+    )
+    assert status == 0, err
+    lines = output.read_text().splitlines()
+    return out, {row["id"]: row for row in (json.loads(x, parse_constant=refuse) for x in lines)}
+
+
+def test_score_says_which_responses_were_cut(encoder, tmp_path):
+    out, results = score_long_rows(save_with(encoder, tmp_path / "model"), tmp_path)
+    assert [result["truncated"] for result in results.values()] == [
+        False,
+        True,
+        [True, False],
+        [True, True],
+        False,
+    ]
+    assert "skipped" not in out
+    assert "4 of 7 conversations are longer than the backbone reads: cut, and scored" in out
+
+
+def test_score_writes_null_for_what_was_skipped_and_shows_it(encoder, tmp_path):
+    folder = save_with(encoder, tmp_path / "model", on_overlong="skip")
+    out, results = score_long_rows(folder, tmp_path)
+    assert [row["id"] for row in LONG_ROWS] == list(results)
+    assert results["long"]["score"] is None
+    assert results["asked"]["score"] == [None, None]
+    assert results["pair"]["score"][0] is None
+    plain = make_model(encoder).score_responses("Is it safe?", ["Yes.", "No."])
+    for id, row in (("short", 0), ("last", 1)):
+        assert results[id]["score"] == pytest.approx(float(plain.score[row]), abs=1e-5)
+    assert results["pair"]["score"][1] == pytest.approx(float(plain.score[1]), abs=1e-5)
+    for part in ("rewards", "contributions"):
+        assert set(results["long"][part].values()) == {None}
+        assert all(chosen is None for chosen, _ in results["pair"][part].values())
+        assert all(isinstance(rejected, float) for _, rejected in results["pair"][part].values())
+    assert [result["truncated"] for result in results.values()] == [
+        False,
+        False,
+        [False, False],
+        [False, False],
+        False,
+    ]
+    shown = {line.split("│")[1].strip(): line for line in out.splitlines() if line.count("│") > 2}
+    for label in ("long", "pair [0]", "asked [0]", "asked [1]"):
+        assert "skipped" in shown[label]
+    for label in ("short", "pair [1]", "last"):
+        assert "skipped" not in shown[label]
+    assert "nan" not in out
+
+
+def test_score_names_the_row_that_cannot_be_scored(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "CHUNK_ROWS", 2)
+    folder = save_with(encoder, tmp_path / "model", on_overlong="error")
+    rows = [{**row, "id": f"copy of {row['id']}"} for row in (LONG_ROWS[0], LONG_ROWS[4])]
+    write_rows(tmp_path / "rows.jsonl", [*rows, LONG_ROWS[0], LONG_ROWS[1]])
+    error = error_of("score", f"model={folder}", "input=rows.jsonl", "output=scores.jsonl")
+    assert "the response has" in error
+    assert "'long'" in error
+    assert not (tmp_path / "scores.jsonl").exists()
 
 
 def test_score_without_an_output_only_prints(saved, rows_file, tmp_path):
@@ -282,7 +372,7 @@ def test_bad_ratings_stop_train_before_the_backbone_runs(
         *(f"embed.backbone.spec.id={encoder_folder}", "embed.backbone.spec.digest=null"),
     )
     assert message in error
-    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    assert not list((tmp_path / "run").rglob("shard-*"))
 
 
 def test_an_unknown_stage_is_named(tmp_path):

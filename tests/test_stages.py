@@ -1,20 +1,30 @@
+import io
 import json
+import os
 import random
+import re
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from conftest import conversation
+from rich.console import Console
 from test_cli import error_of, run, write_rows
+from transformers import AutoTokenizer
 
 from armo.artifacts import digest_file, read_json, require_artifact
 from armo.data.conversation import Message, prompt_group
-from armo.embed.extract import EmbeddedData
+from armo.embed.extract import EmbeddedData, Team, outer_rank
 from armo.fit.decorrelation import load_transforms
 from armo.fit.heads import FittedHeads, fit_heads
 from armo.fit.training import load_gating
 from armo.model.reward_model import ArmoRewardModel
-from armo.stages import FOLDERS, STAGES, out_of_fold_differences
+from armo.stages import FOLDERS, STAGES, Run, out_of_fold_differences
 
 # A random backbone may leave an objective with little but style.
 pytestmark = pytest.mark.filterwarnings("default::armo.fit.decorrelation.DecorrelationWarning")
@@ -33,7 +43,7 @@ WORDS = (
     "\n-",
 )
 FILES = {
-    "embed": ("rows.safetensors", "rows.json", "prompts/store.json", "responses/store.json"),
+    "embed": ("rows.safetensors", "rows.json", "store.json", "shard-00000.safetensors"),
     "heads": ("heads.safetensors", "heads.json"),
     "decorrelation": ("decorrelated.safetensors", "undecorrelated.safetensors"),
     "gating": ("gate.safetensors", "gate.json", "undecorrelated.safetensors"),
@@ -159,6 +169,7 @@ def test_a_setting_of_the_gate_runs_only_what_depends_on_it_again(folder, argume
 
 def test_the_device_of_the_backbone_changes_nothing(folder, arguments):
     assert run_again(arguments, folder, "embed.backbone.batch_tokens=512") == set()
+    assert run_again(arguments, folder, "embed.trainer.devices=2", "embed.shard_rows=7") == set()
 
 
 def test_a_changed_data_file_runs_everything_again(folder, rows, arguments, tmp_path):
@@ -191,23 +202,257 @@ def test_a_stage_before_its_inputs_names_the_stage_to_run(arguments, folder, sta
 
 
 def test_a_damaged_shard_is_noticed_by_the_stages_that_read_it(arguments, folder):
-    shard = folder / "embeddings" / "responses" / "shard-00001.safetensors"
+    shard = folder / "embeddings" / "shard-00001.safetensors"
     flip_byte(shard)
     error = error_of(*arguments, "stages=[heads]", f"output_dir={folder}")
-    assert "responses/shard-00001.safetensors changed after it was written" in error
+    assert "shard-00001.safetensors changed after it was written" in error
 
 
-def test_a_damaged_shard_is_not_kept_by_the_next_run(trained, arguments, folder):
-    name = "embeddings/responses/shard-00001.safetensors"
-    flip_byte(folder / name)
-    run_again(arguments, folder)
-    assert digest_file(folder / name) == digest_file(trained[0] / name)
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_a_damaged_shard_is_named_and_made_again_by_the_next_run(
+    trained, arguments, folder, with_manifest
+):
+    before = state_of(folder, "embed")
+    shard = folder / "embeddings" / "shard-00001.safetensors"
+    flip_byte(shard)
+    if not with_manifest:
+        (folder / "embeddings" / "manifest.json").unlink()
+    status, out, err = run(*arguments, f"output_dir={folder}")
+    assert status == 0, err
+    said = "".join(((folder / "cli.log").read_text() + out).split())
+    assert re.search(rf"{shard}(was|is)damaged;itismadeagain", said)
+    # The manifest comes out as it was, so that no other stage has anything to do.
+    assert all(f"{stage}: up to date" in out for stage in STAGES[1:])
+    after = state_of(folder, "embed")
+    assert {file: digest for file, (digest, _) in after.items()} == {
+        file: digest for file, (digest, _) in before.items()
+    }
+    others = [file for file in after if file.name.startswith("shard-") and file != shard]
+    assert len(others) == 2
+    assert all(after[file] == before[file] for file in others)
+
+
+def test_a_corrected_text_embeds_only_its_shard_again(trained, rows, arguments, folder, tmp_path):
+    _, ratings, pairs = rows
+    old = ratings[60]["messages"][1]["content"]
+    assert sum(old in json.dumps(row) for row in ratings) == 1
+    for name, kind in (("ratings", ratings), ("pairs", pairs)):
+        text = "".join(json.dumps(row) + "\n" for row in kind)
+        corrected = text.replace(json.dumps(old), json.dumps("0 what was meant"))
+        (tmp_path / f"{name}.jsonl").write_text(corrected)
+    before = state_of(folder, "embed")
+    again = run_again(
+        arguments,
+        folder,
+        f"data.ratings.path={tmp_path / 'ratings.jsonl'}",
+        f"data.pairs.path={tmp_path / 'pairs.jsonl'}",
+    )
+    assert again == set(STAGES)
+    after = state_of(folder, "embed")
+    changed = {file.name for file in before if before[file] != after[file]}
+    assert {name for name in changed if name.startswith("shard-")} == {"shard-00001.safetensors"}
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_is_undisturbed(trained, arguments, tmp_path):
+    folder = tmp_path / "run"
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (6000, 9000, 14000):  # in the texts, then in what becomes of them
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            error = error_of(*arguments, f"output_dir={folder}")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert "File too large" in error
+        assert not (folder / "embeddings" / "manifest.json").exists()
+    run_again(arguments, folder, "stages=[embed]")
+    for file in (trained[0] / "embeddings").iterdir():
+        if file.name != ".lock":
+            assert (folder / "embeddings" / file.name).read_bytes() == file.read_bytes()
+
+
+# Several processes
+
+
+def assert_same_embeddings(folder, other):
+    names = {file.name for file in (folder / "embeddings").iterdir()}
+    assert names == {file.name for file in (other / "embeddings").iterdir()}
+    for name in names:
+        assert (folder / "embeddings" / name).read_bytes() == (
+            other / "embeddings" / name
+        ).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_devices_give_the_same_embeddings_as_one(trained, arguments, tmp_path):
+    folder = tmp_path / "run"
+    run_again(arguments, folder, "stages=[embed]", "embed.trainer.devices=2")
+    assert_same_embeddings(folder, trained[0])
+
+
+TWICE = """
+import sys
+import torch.distributed
+from armo import cli
+
+arguments = sys.argv[1:]
+for _ in range(2):
+    sys.argv = ["armo", *arguments]
+    cli.main()
+    torch.distributed.barrier()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_share_the_embedding_and_one_does_the_rest(
+    trained, arguments, tmp_path
+):
+    folder = tmp_path / "run"
+    (tmp_path / "twice.py").write_text(TWICE)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(tmp_path / "twice.py", *arguments, f"output_dir={folder}", "stages=[embed,heads]"),
+        "embed.trainer.devices=2",
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as processes:
+        # Meanwhile, stopped for a moment, the folder is another run's.
+        holder = folder / ".lock.json"
+        while not holder.is_file():
+            assert processes.poll() is None, processes.communicate()
+            time.sleep(0.01)
+        first = int(json.loads(holder.read_text())["pid"])
+        os.kill(first, signal.SIGSTOP)
+        try:
+            error = error_of(*arguments, f"output_dir={folder}")
+        finally:
+            os.kill(first, signal.SIGCONT)
+        assert f"process {first} on {os.uname().nodename} is writing there" in error
+        out, err = processes.communicate(timeout=120)
+    assert processes.returncode == 0, err
+    assert out.count("rated responses") == out.count("error variance explained") == 1
+    assert_same_embeddings(folder, trained[0])
+    # The second time both find it done, and only the first says so.
+    assert out.count("embed: up to date") == out.count("heads: up to date") == 1
+
+
+def test_a_team_takes_all_processes_that_torchrun_started(monkeypatch):
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "none",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert outer_rank() == 0
+    fabric = Team(accelerator="cpu").fabric()
+    assert (fabric.world_size, fabric.global_rank) == (2, 0)
+    assert fabric.strategy.num_processes == 2
+
+
+def test_without_torchrun_a_process_has_no_rank_among_others():
+    assert outer_rank() is None
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Do a stage that writes one file, as one of several processes; return what was called."""
+
+    def work(rank, *, settings="settings", help_with=True):
+        called = []
+
+        def write(folder):
+            called.append("work")
+            (folder / "file.json").write_text("{}")
+
+        console = Console(file=io.StringIO())
+        Run(tmp_path, console, seed=0, rank=rank).do(
+            "embed",
+            settings=settings,
+            inputs={},
+            work=write,
+            fresh=False,
+            help_with=(lambda folder: called.append(("help", folder))) if help_with else None,
+        )
+        return called, console.file.getvalue()
+
+    return work
+
+
+def test_other_processes_help_and_write_and_say_nothing(work, tmp_path):
+    assert work(1) == ([("help", tmp_path / "embeddings")], "")
+    assert work(1, help_with=False) == ([], "")
+    assert not (tmp_path / "embeddings").exists()
+
+
+def test_other_processes_do_nothing_where_the_stage_is_done(work, tmp_path):
+    called, out = work(0)
+    assert called == ["work"]
+    assert "embed" in out
+    assert work(1) == ([], "")
+    assert work(0)[0] == []
+    assert work(1, settings="others") == ([("help", tmp_path / "embeddings")], "")
+    assert work(0)[0] == []  # which has left the finished stage alone
+
+
+# Texts that are too long
+
+
+def test_skipped_rows_are_left_out_of_the_whole_way(arguments, rows, causal_folder, tmp_path):
+    folder = tmp_path / "run"
+    run_again(
+        [argument for argument in arguments if "layers" not in argument],
+        *(folder, "embed=causal", f"embed.backbone.spec.id={causal_folder}"),
+        *("embed.backbone.spec.layers=[-1]", "embed.backbone.spec.on_overlong=skip"),
+        "embed.backbone.spec.max_tokens=70",
+    )
+    _, ratings, pairs = rows
+    tokenizer = AutoTokenizer.from_pretrained(causal_folder)
+
+    def fits(messages):
+        return len(tokenizer.apply_chat_template(messages)["input_ids"]) <= 70
+
+    def answered(pair, text):
+        return [*pair["prompt"], {"role": "assistant", "content": text}]
+
+    rated = [fits(row["messages"]) for row in ratings]
+    paired = [fits(answered(p, p["chosen"])) and fits(answered(p, p["rejected"])) for p in pairs]
+    assert 5 < rated.count(False) < 40
+    tables = EmbeddedData.load(folder / "embeddings").tables
+    for there, kind, train, test in (
+        (rated, ratings, tables.ratings_train, tables.ratings_test),
+        (paired, pairs, tables.pairs_train, tables.pairs_test),
+    ):
+        sides = [row["split"] == "test" for row in kind]
+        assert test.tolist() == [a and b for a, b in zip(there, sides, strict=True)]
+        assert train.tolist() == [a and not b for a, b in zip(there, sides, strict=True)]
+    log = (folder / "cli.log").read_text()
+    assert f"{rated.count(False)} of 120 responses were skipped: too long" in log
+    assert f"so {rated.count(False)} of 120 rated rows are left out" in log
+    assert f"so {paired.count(False)} of 60 pairs are left out" in log
+
+    heads = FittedHeads.load(folder / "heads")
+    for summary in heads.summaries:
+        assert summary.ratings == int(tables.ratings_train.sum())
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert sum(row["pairs"] for row in report["kinds"]) == int(tables.pairs_test.sum())
+    assert "NaN" not in (folder / "report" / "report.json").read_text()
+    assert {row["ratings"] for row in report["objectives"]} == {int(tables.ratings_test.sum())}
+    model = ArmoRewardModel.from_pretrained(folder / "model", device="cpu")
+    assert model.verify() < 1e-5
+    for tensor in model.state_dict().values():
+        assert bool(tensor.isfinite().all())
+    scores = model.score([row["messages"] for row in ratings]).score
+    assert scores.isnan().tolist() == [not there for there in rated]
 
 
 def test_a_run_that_was_cut_off_keeps_its_shards(arguments, folder):
-    kept = folder / "embeddings" / "responses" / "shard-00000.safetensors"
+    kept = folder / "embeddings" / "shard-00000.safetensors"
     before = digest_file(kept), kept.stat().st_mtime_ns
-    lost = folder / "embeddings" / "responses" / "shard-00001.safetensors"
+    lost = folder / "embeddings" / "shard-00001.safetensors"
     whole = digest_file(lost)
     lost.unlink()
     (folder / "embeddings" / "manifest.json").unlink()
@@ -223,7 +468,7 @@ def test_no_prompt_is_on_both_sides_of_the_split(trained, rows):
     assert data.tables.pairs_test.tolist() == [row["split"] == "test" for row in pairs]
     groups = data.tables.group_of_response
     test = set(groups[data.tables.ratings_response[data.tables.ratings_test]].tolist())
-    train = set(groups[data.tables.ratings_response[~data.tables.ratings_test]].tolist())
+    train = set(groups[data.tables.ratings_response[data.tables.ratings_train]].tolist())
     assert len(test) == 12
     assert not test & train
 
@@ -233,7 +478,7 @@ def test_the_gate_sees_differences_of_heads_that_never_saw_the_prompt(trained):
     heads = FittedHeads.load(trained[0] / "heads")
     transforms = load_transforms(trained[0] / "decorrelation")
     tables = data.tables
-    train = (~tables.pairs_test).nonzero()[:, 0]
+    train = tables.pairs_train.nonzero()[:, 0]
     chosen, rejected = tables.pairs_chosen[train], tables.pairs_rejected[train]
     differences = out_of_fold_differences(data, heads, transforms, chosen=chosen, rejected=rejected)
     for row, (first, second) in enumerate(zip(chosen, rejected, strict=True)):
@@ -250,8 +495,8 @@ def test_the_gate_sees_differences_of_heads_that_never_saw_the_prompt(trained):
 def test_the_heads_that_score_a_pair_do_not_change_with_the_ratings_of_its_prompt(trained):
     data = EmbeddedData.load(trained[0] / "embeddings")
     tables = data.tables
-    rows = tables.ratings_response[~tables.ratings_test]
-    ratings = tables.ratings[~tables.ratings_test]
+    rows = tables.ratings_response[tables.ratings_train]
+    ratings = tables.ratings[tables.ratings_train]
     groups = tables.group_of_response[rows]
 
     def fit(ratings):
@@ -262,7 +507,7 @@ def test_the_heads_that_score_a_pair_do_not_change_with_the_ratings_of_its_promp
             alphas=[1.0],
         )
 
-    pair = (~tables.pairs_test).nonzero()[0, 0]
+    pair = tables.pairs_train.nonzero()[0, 0]
     group = tables.group_of_response[tables.pairs_chosen[pair]]
     changed = torch.where((groups == group)[:, None], 1.0 - ratings, ratings)
     before, after = fit(ratings), fit(changed)

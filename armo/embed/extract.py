@@ -1,8 +1,10 @@
 """The embedding pass: every distinct prompt and response once, and tables that point to them."""
 
+import ctypes
 import logging
 import multiprocessing
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -43,6 +45,7 @@ NAMES = "rows.json"
 TEXTS = "texts"
 LOG_EVERY_S = 60.0
 LOOK_EVERY_S = 1.0
+RETURN_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -291,11 +294,13 @@ def _embed_share(
     ranges = list(spans(shards))
     mine = missing[fabric.global_rank :: fabric.world_size]
     chunks = (spool.groups(*ranges[shard]) for shard in mine)
+    give_back = _MemoryReturn()
     with _Progress(store, missing, spool, hidden=fabric.global_rank > 0) as progress:
         number = 0
 
         def show(share: float) -> None:
             progress.show(mine[number], share)
+            give_back()
 
         try:
             for embedded in backbone.embed_chunks(chunks, progress=show):
@@ -305,6 +310,27 @@ def _embed_share(
             raise _naming_the_row(error, spool, *ranges[mine[number]]) from None
         progress.wait()
     fabric.barrier()
+
+
+class _MemoryReturn:
+    """Returns freed memory to the system from time to time.
+
+    The C library keeps the gaps between blocks in use, and batches of all sizes leave many: half
+    an hour of MiniLM came to 2.9 GB, of which 2.2 were gaps.
+    """
+
+    def __init__(self) -> None:
+        # Of glibc alone; elsewhere there is nothing to call.
+        library = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._trim: Callable[[int], int] | None = getattr(library, "malloc_trim", None)
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        """Return what is free, if the last time is long ago enough for it to cost nothing."""
+        now = time.monotonic()
+        if self._trim is not None and now - self._last > RETURN_EVERY_S:
+            self._trim(0)
+            self._last = now
 
 
 class _Progress:

@@ -69,9 +69,7 @@ def test_the_split_is_the_same_in_every_version():
 @pytest.mark.parametrize("test_fraction", [0.05, 0.2, 0.5, 0.9])
 def test_the_share_of_test_groups_is_near_the_test_fraction(test_fraction):
     count = 4000
-    splits = split(
-        [make_pair(f"prompt {k}") for k in range(count)], test_fraction=test_fraction
-    )
+    splits = split([make_pair(f"prompt {k}") for k in range(count)], test_fraction=test_fraction)
     share = sum(side == "test" for side in splits.values()) / count
     assert abs(share - test_fraction) < 4 * math.sqrt(test_fraction * (1 - test_fraction) / count)
 

@@ -514,6 +514,10 @@ def test_the_built_in_corpus_combines_with_files(write):
     [
         ({"category": 5}, "`category` must be text"),
         ({"chosen": "half \ud800 of a pair"}, "`chosen` is no valid Unicode text"),
+        ({"rejected": "\udc00"}, "`rejected` is no valid Unicode text"),
+        ({"prompt": [{"role": "user", "content": "Hi \ud83d"}]}, "`content` is no valid Unicode"),
+        ({"id": "half \ud800 of a pair"}, "`id` is no valid Unicode text"),
+        ({"category": "half \ud800 of a pair"}, "`category` is no valid Unicode text"),
     ],
 )
 def test_fields_that_would_fail_later_are_refused_where_they_stand(tmp_path, change, message):
@@ -528,3 +532,9 @@ def test_fields_that_would_fail_later_are_refused_where_they_stand(tmp_path, cha
     file.write_text(json.dumps({**row, **change}) + "\n")
     with pytest.raises(DataError, match=f"pairs.jsonl:1: {message}"):
         load_pairs(str(file))
+
+
+def test_an_id_that_no_output_file_could_hold_is_refused_before_scoring(write):
+    path = write("rows.jsonl", [PAIR, {**PAIR, "id": "half \ud800 of a pair"}])
+    with pytest.raises(DataError, match=re.escape(f"{path}:2: `id` is no valid Unicode text")):
+        load_scorable(path)

@@ -73,7 +73,7 @@ def test_rows_of_one_length_keep_their_order(lengths, max_tokens, max_rows):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("rows", "max_tokens"), [(1024, 4096), (4096, 16384)])
+@pytest.mark.parametrize(("rows", "max_tokens"), [(256, 4096), (1024, 4096), (4096, 16384)])
 def test_less_than_a_twentieth_of_what_is_run_is_padding(rows, max_tokens, seed):
     lengths = realistic_lengths(rows=rows, seed=seed)
     batches = list(token_batches(lengths, max_tokens=max_tokens))
@@ -81,6 +81,17 @@ def test_less_than_a_twentieth_of_what_is_run_is_padding(rows, max_tokens, seed)
     # Filling batches in the order of the rows wastes a good part.
     ordered = [list(range(k, k + 8)) for k in range(0, rows, 8)]
     assert padding_share(lengths, ordered) > 0.3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hardly_more_batches_are_made_than_the_budget_asks_for(seed):
+    lengths = realistic_lengths(rows=1024, seed=seed)
+    fewest = size = 0
+    for length in sorted(lengths, reverse=True):
+        size = max(0, size - 1)
+        if size == 0:
+            fewest, size = fewest + 1, 4096 // length
+    assert len(list(token_batches(lengths, max_tokens=4096))) < 1.15 * fewest
 
 
 @pytest.mark.parametrize("max_tokens", [4096, 16384])

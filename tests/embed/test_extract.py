@@ -1,25 +1,46 @@
+import copy
 import dataclasses
+import io
+import itertools
+import logging
 import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import threading
+import time
+import weakref
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.multiprocessing.spawn import ProcessRaisedException
+from transformers import PreTrainedTokenizerFast
 
 from armo.artifacts import ArtifactError, digest_file
-from armo.data.checks import split_groups
 from armo.data.conversation import (
     Conversation,
     Message,
     PreferencePair,
     RatedResponse,
     ResponseList,
-    prompt_group,
 )
 from armo.data.objectives import Objective, ObjectiveSet
+from armo.data.sources import DataError
 from armo.data.surface import SURFACE_FEATURES, surface_features
-from armo.embed.backbone import Backbone, BackboneError
-from armo.embed.extract import EmbeddedData, embed_rows, rating_table
+from armo.embed import extract
+from armo.embed.backbone import Backbone, load_backbone
+from armo.embed.boundary import PromptGroup
+from armo.embed.extract import EmbeddedData, Team, embed_rows
+from armo.embed.index import RowIndexer
+from armo.embed.spec import BackboneError, BackboneSpec
+from armo.embed.store import Embeddings, EmbeddingStore
 
 OBJECTIVES = ObjectiveSet(
     (
@@ -33,14 +54,18 @@ BRIEF_EGG = (Message("system", "Be brief."), *EGG)
 FOX = (Message("user", "Is the fox quick?"),)
 DOG = (Message("user", "Is the dog lazy?"),)
 SEVEN = "Put it in hot water for seven minutes."
+LONG = "Warn of risks! " * 60
+SPLITS = {EGG: "train", BRIEF_EGG: "train", FOX: "test", DOG: "train"}
 
 
-def rate(id, prompt, response, **ratings):
-    return RatedResponse(id, "raters", Conversation(prompt, response), ratings)
+def rate(id, prompt, response, *, split=None, **ratings):
+    split = split or SPLITS.get(prompt)
+    return RatedResponse(id, "raters", Conversation(prompt, response), ratings, split=split)
 
 
 def pair(id, prompt, chosen, rejected, *, category):
-    return PreferencePair(id, "raters", prompt, chosen, rejected, category=category)
+    split = SPLITS.get(prompt)
+    return PreferencePair(id, "raters", prompt, chosen, rejected, category=category, split=split)
 
 
 # Prompts and responses come back in other rows, so that a row's number is not its text's number.
@@ -58,63 +83,132 @@ PAIRS = [
     pair("p2", DOG, "Yes.", "- It **is**.\n- It sleeps!", category="facts"),
 ]
 LISTS = [
-    ResponseList("l0", "raters", DOG, ("No.", "Yes.", "Warn the fox."), (1,), category="safety"),
+    ResponseList("l0", "raters", FOX, ("No.", "Yes.", "Warn the fox."), (1,), category="safety"),
     ResponseList("l1", "raters", EGG, (SEVEN, "Five words."), (0,), category="advice"),
+    ResponseList("l2", "raters", FOX, ("Perhaps.", "No."), (0,), category="advice"),
 ]
-ROWS = [*RATINGS, *PAIRS, *LISTS]
-SPLITS = {prompt_group(EGG): "train", prompt_group(FOX): "test", prompt_group(DOG): "train"}
+USED_LISTS = [LISTS[0], LISTS[2]]  # the other is on a training prompt
+ROWS = [*RATINGS, *PAIRS, *USED_LISTS]
 PROMPTS = {row.prompt for row in ROWS}
 CONVERSATIONS = {Conversation(row.prompt, text) for row in ROWS for text in row.responses}
 
 
 class WatchedBackbone(Backbone):
-    """Notes the texts it embeds, and gives up when it has embedded `calls` lots of responses."""
+    """Notes the shards it embeds, and gives up when it has embedded so many."""
 
-    def __init__(self, backbone, *, calls=math.inf):
-        super().__init__(backbone.spec, model=backbone.model, tokenizer=backbone.tokenizer)
-        self.calls = calls
-        self.prompts = []
-        self.responses = []
+    def __init__(self, backbone, *, shards=math.inf, **spec):
+        super().__init__(
+            dataclasses.replace(backbone.spec, **spec),
+            model=backbone.model,
+            tokenizer=backbone.tokenizer,
+        )
+        self.left = shards
+        self.shards = []
 
-    def embed_prompts(self, prompts, *, max_rows=None):
-        self.prompts += prompts
-        return super().embed_prompts(prompts, max_rows=max_rows)
+    @property
+    def prompts(self):
+        return [group.prompt for shard in self.shards for group in shard]
 
-    def embed_responses(self, conversations, *, max_rows=None):
-        if self.calls == 0:
-            raise RuntimeError("cut off")
-        self.calls -= 1
-        self.responses += conversations
-        return super().embed_responses(conversations, max_rows=max_rows)
+    @property
+    def conversations(self):
+        groups = [group for shard in self.shards for group in shard]
+        return [Conversation(group.prompt, text) for group in groups for text in group.responses]
+
+    def embed_chunks(self, chunks, **options):
+        read = []
+
+        def reading():
+            for chunk in chunks:
+                read.append(chunk)
+                yield chunk
+
+        for number, embedded in enumerate(super().embed_chunks(reading(), **options)):
+            if self.left == 0:
+                raise RuntimeError("cut off")
+            self.left -= 1
+            self.shards.append(read[number])
+            yield embedded
 
 
 def embed(folder, backbone, *, ratings=RATINGS, pairs=PAIRS, lists=LISTS, **options):
+    defaults = {"test_fraction": 0.5, "min_ratings": 1, "shard_rows": 2, "team": Team("cpu")}
     embed_rows(
         folder,
-        backbone=backbone,
+        load=lambda device: backbone,
         objectives=OBJECTIVES,
         ratings=ratings,
         pairs=pairs,
         lists=lists,
-        **{"splits": SPLITS, "shard_rows": 2, **options},
+        **{**defaults, **options},
     )
     return EmbeddedData.load(folder)
 
 
+def embed_alone(backbone, prompt, response):
+    """The embedding of a prompt and of a response to it, in a run of their own."""
+    embedded = backbone.embed([PromptGroup(prompt, (response,))])
+    return embedded.prompts.values[0], embedded.responses.values[0]
+
+
+def corpus(prompts=16, *, answers=2):
+    """Rated rows, pairs and lists that share some texts; every prompt fills a shard of two."""
+    ratings, pairs, lists = [], [], []
+    for k in range(prompts):
+        prompt = (Message("user", f"Question {k}: is the fox {k} quick?"),)
+        split = ("test", "train", "train", "train")[k % 4]
+        texts = [f"Answer {k} {n}, " + "it warns of risks. " * (n + k % 5) for n in range(answers)]
+        for n, text in enumerate(texts):
+            rated = {"honesty": 1.0 + (k + n) % 5, "harm": k % 11, "verbosity": n % 5}
+            ratings.append(rate(f"r{k}-{n}", prompt, text, split=split, **rated))
+        fields = {"category": ("facts", "advice")[k % 2], "split": split}
+        pairs.append(PreferencePair(f"p{k}", "s", prompt, texts[-1], texts[0], **fields))
+        if split == "test":
+            lists.append(ResponseList(f"l{k}", "s", prompt, (texts[0], f"Else {k}."), **fields))
+    return {"ratings": ratings, "pairs": pairs, "lists": lists}
+
+
 def digests(folder):
-    return {str(p.relative_to(folder)): digest_file(p) for p in folder.rglob("*") if p.is_file()}
+    """Digest of every file; a lock, which stays for the next run, is no part of the data."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): digest_file(path) for path in files}
+
+
+def shard_digests(folder):
+    return {path.name: digest_file(path) for path in folder.glob("shard-*.safetensors")}
+
+
+def assert_same_files(folder, other):
+    """The same bytes in every file, and the same tensors in them."""
+    assert digests(folder) == digests(other)
+    first, second = EmbeddedData.load(folder), EmbeddedData.load(other)
+    for table in ("prompts", "responses"):
+        every = torch.arange(getattr(first, table).rows)
+        values = getattr(first, table).read(every), getattr(second, table).read(every)
+        torch.testing.assert_close(*values, rtol=0, atol=0, equal_nan=True)
+    for field in dataclasses.fields(first.tables):
+        values = getattr(first.tables, field.name), getattr(second.tables, field.name)
+        torch.testing.assert_close(*values, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture(scope="module")
 def folder(encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("embeddings")
-    embed(folder, encoder)
+    embed(folder, WatchedBackbone(encoder))
     return folder
 
 
 @pytest.fixture(scope="module")
 def data(folder):
     return EmbeddedData.load(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(encoder, tmp_path_factory):
+    """The corpus, embedded in one go."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    embed(folder, WatchedBackbone(encoder), **corpus())
+    assert len(shard_digests(folder)) == 16
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +221,7 @@ def columns(data):
         "rejected": (tables.pairs_rejected, [Conversation(p.prompt, p.rejected) for p in PAIRS]),
         "lists": (
             tables.lists_response,
-            [Conversation(row.prompt, text) for row in LISTS for text in row.responses],
+            [Conversation(row.prompt, text) for row in USED_LISTS for text in row.responses],
         ),
     }
 
@@ -138,8 +232,8 @@ COLUMNS = pytest.mark.parametrize("column", ["ratings", "chosen", "rejected", "l
 @COLUMNS
 def test_each_row_finds_the_embeddings_of_its_own_text(data, encoder, columns, column):
     numbers, conversations = columns[column]
-    responses = torch.cat([encoder.embed_responses([c]).values for c in conversations])
-    prompts = torch.cat([encoder.embed_prompts([c.prompt]).values for c in conversations])
+    alone = [embed_alone(encoder, c.prompt, c.response) for c in conversations]
+    prompts, responses = (torch.stack(parts) for parts in zip(*alone, strict=True))
     torch.testing.assert_close(data.responses.read(numbers), responses, atol=1e-5, rtol=0)
     torch.testing.assert_close(data.prompt_embeddings(numbers), prompts, atol=1e-5, rtol=0)
 
@@ -147,7 +241,7 @@ def test_each_row_finds_the_embeddings_of_its_own_text(data, encoder, columns, c
 @COLUMNS
 def test_a_shifted_or_dropped_row_would_be_noticed(data, encoder, columns, column):
     numbers, conversations = columns[column]
-    responses = torch.cat([encoder.embed_responses([c]).values for c in conversations])
+    responses = torch.stack([embed_alone(encoder, c.prompt, c.response)[1] for c in conversations])
     for wrong in (numbers.roll(1), torch.cat([numbers[1:], numbers[-1:]])):
         assert (data.responses.read(wrong) - responses).abs().max() > 1e-2
 
@@ -165,14 +259,15 @@ def test_shared_prompts_and_responses_are_embedded_once(encoder, tmp_path):
     embed(tmp_path, watched)
     assert len(watched.prompts) == len(PROMPTS) == 4
     assert set(watched.prompts) == PROMPTS
-    assert len(watched.responses) == len(CONVERSATIONS) == 10
-    assert set(watched.responses) == CONVERSATIONS
+    assert len(watched.conversations) == len(CONVERSATIONS) == 10
+    assert set(watched.conversations) == CONVERSATIONS
 
 
 def test_rows_with_the_same_text_share_an_embedding_and_others_do_not(data):
     first, _, _, again, other_prompt, _ = data.tables.ratings_response.tolist()
-    assert first == again == data.tables.pairs_chosen[1] == data.tables.lists_response[3]
+    assert first == again == data.tables.pairs_chosen[1]
     assert other_prompt != first
+    assert data.tables.ratings_response[1] == data.tables.lists_response[0]
     every = torch.cat(
         [
             data.tables.ratings_response,
@@ -207,37 +302,46 @@ def test_ratings_are_rescaled_and_missing_ones_are_nan(data):
     torch.testing.assert_close(data.tables.ratings, table, equal_nan=True, rtol=0, atol=0)
 
 
-@given(st.lists(st.dictionaries(st.sampled_from(OBJECTIVES.names), st.floats(1, 4)), max_size=8))
-def test_the_rating_table_can_be_mapped_back_to_the_ratings(ratings):
-    rows = [rate("r", EGG, SEVEN, **row) for row in ratings]
-    table = rating_table(rows, OBJECTIVES)
-    assert table.shape == (len(rows), 3)
-    for row, values in zip(rows, table.tolist(), strict=True):
-        present = {
-            objective.name: pytest.approx(objective.from_unit(value))
-            for objective, value in zip(OBJECTIVES.objectives, values, strict=True)
-            if not math.isnan(value)
-        }
-        assert row.ratings == present
+def test_each_row_is_on_the_side_that_it_says(data):
+    tables = data.tables
+    assert tables.ratings_test.tolist() == [False, True, False, False, False, False]
+    assert torch.equal(tables.ratings_train, ~tables.ratings_test)
+    assert tables.pairs_test.tolist() == [True, False, False]
+    assert torch.equal(tables.pairs_train, ~tables.pairs_test)
+    assert tables.lists_test.tolist() == [True, True]
 
 
-def test_the_test_side_follows_the_splits(data):
-    assert data.tables.ratings_test.tolist() == [False, True, False, False, False, False]
-    assert data.tables.pairs_test.tolist() == [True, False, False]
-    assert data.tables.lists_test.tolist() == [False, False]
+def test_lists_on_training_prompts_are_left_out_and_counted(encoder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "armo")
+    watched = WatchedBackbone(encoder)
+    embed(tmp_path, watched)
+    assert Conversation(EGG, "Five words.") not in watched.conversations
+    assert "1 response lists on training prompts are not used" in caplog.text
 
 
-def test_rows_of_one_prompt_are_on_one_side_whatever_the_split(encoder, tmp_path):
-    splits = split_groups(ROWS, test_fraction=0.5)
-    tables = embed(tmp_path, encoder, splits=splits).tables
+@pytest.mark.parametrize("test_fraction", [0.2, 0.5, 0.8])
+def test_rows_of_one_prompt_are_on_one_side_whatever_the_split(encoder, tmp_path, test_fraction):
+    # One prompt says where it belongs, so that there is something to learn from.
+    free = [dataclasses.replace(row, split=None) for row in [*RATINGS[1:2], *PAIRS, *LISTS]]
+    tables = embed(
+        tmp_path,
+        WatchedBackbone(encoder),
+        ratings=[*RATINGS[:1], *free[:1], *RATINGS[2:]],
+        pairs=free[1:4],
+        lists=free[4:],
+        test_fraction=test_fraction,
+    ).tables
     side_of_group = {}
     for numbers, test in (
         (tables.ratings_response, tables.ratings_test),
         (tables.pairs_chosen, tables.pairs_test),
+        (tables.pairs_rejected, tables.pairs_test),
         (tables.lists_response, tables.lists_test[tables.lists_of]),
     ):
         for group, side in zip(tables.group_of_response[numbers].tolist(), test, strict=True):
             assert side_of_group.setdefault(group, side) == side
+    assert torch.equal(tables.ratings_train, ~tables.ratings_test)
+    assert torch.equal(tables.pairs_train, ~tables.pairs_test)
 
 
 def test_lists_and_categories_keep_the_order_of_their_rows(data):
@@ -258,38 +362,24 @@ def test_examples_are_test_pairs_with_the_numbers_of_their_responses(data):
     ]
 
 
-@pytest.mark.parametrize("calls", [1, 3])
-def test_a_run_that_was_cut_off_goes_on_where_it_stopped(encoder, folder, tmp_path, calls):
-    cut_off = WatchedBackbone(encoder, calls=calls)
-    with pytest.raises(RuntimeError, match="cut off"):
-        embed(tmp_path, cut_off)
-    with pytest.raises(ArtifactError, match=r"missing|No such file"):
-        EmbeddedData.load(tmp_path)
-
-    resumed = WatchedBackbone(encoder)
-    embed(tmp_path, resumed)
-    assert len(cut_off.responses) == 2 * calls
-    assert resumed.prompts == []
-    assert set(cut_off.responses).isdisjoint(resumed.responses)
-    assert {*cut_off.responses, *resumed.responses} == CONVERSATIONS
-    assert digests(tmp_path) == digests(folder)
+def test_without_test_pairs_examples_are_training_pairs(encoder, tmp_path):
+    data = embed(tmp_path, WatchedBackbone(encoder), pairs=PAIRS[1:])
+    assert {tuple(example["responses"]) for example in data.examples} == {
+        (pair.chosen, pair.rejected) for pair in PAIRS[1:]
+    }
 
 
-def test_a_finished_run_is_not_computed_again(encoder, folder):
-    before = digests(folder)
-    watched = WatchedBackbone(encoder, calls=0)
-    embed(folder, watched)
-    assert watched.prompts == watched.responses == []
-    assert digests(folder) == before
-
-
-def test_rows_that_changed_after_a_run_are_computed_again(encoder, tmp_path):
-    embed(tmp_path, encoder)
-    changed = [*RATINGS[:-1], rate("r5", DOG, "It sleeps.", honesty=1.0)]
-    data = embed(tmp_path, encoder, ratings=changed)
-    fresh = encoder.embed_responses([changed[-1].conversation]).values
-    stored = data.responses.read(data.tables.ratings_response[-1:])
-    torch.testing.assert_close(stored, fresh, atol=1e-5, rtol=0)
+def test_examples_are_spread_over_the_categories_and_limited(encoder, tmp_path):
+    rows = corpus(prompts=40)
+    watched = WatchedBackbone(encoder)
+    data = embed(tmp_path, watched, **rows, shard_rows=100, examples=6)
+    test = [row for row in rows["pairs"] if row.split == "test"]
+    assert {row.category for row in test} == {"facts"}
+    assert len(data.examples) == 3
+    every = [dataclasses.replace(row, split="test") for row in rows["pairs"][::3]]
+    data = embed(tmp_path, watched, pairs=every, ratings=RATINGS, examples=8)
+    names = [example["category"] for example in data.examples]
+    assert sorted(names) == ["advice", "advice", "facts", "facts"]
 
 
 def test_pairs_and_lists_may_be_absent(encoder, tmp_path):
@@ -299,21 +389,858 @@ def test_pairs_and_lists_may_be_absent(encoder, tmp_path):
     assert data.examples == []
 
 
-def test_texts_that_were_cut_are_marked_in_the_store(encoder, tmp_path):
+def test_texts_that_were_cut_are_marked_in_the_store(encoder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "armo")
     long = rate("r1", FOX, "Warn of risks! " * 60, honesty=2.0)
-    data = embed(tmp_path, encoder, ratings=[RATINGS[0], long])
+    data = embed(tmp_path, encoder, ratings=[*RATINGS, long])
     marked = data.responses.truncated()[data.tables.ratings_response]
-    assert marked.tolist() == [False, True]
+    assert marked.tolist() == [False] * 6 + [True]
+    assert not data.responses.missing().any()
+    assert bool(data.tables.ratings_test[-1])
+    assert "1 of 11 responses were cut to fit the backbone" in caplog.text
+    assert "skipped" not in caplog.text
 
 
-def test_a_row_that_cannot_be_embedded_is_named_by_its_text(encoder, tmp_path):
-    strict = Backbone(
-        dataclasses.replace(encoder.spec, on_overlong="error"),
-        model=encoder.model,
-        tokenizer=encoder.tokenizer,
+# Streams
+
+
+class Once:
+    """Rows without a length that can be read once, and says when."""
+
+    def __init__(self, rows, events, name):
+        self.rows, self.events, self.name = iter(rows), events, name
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.events.append(self.name)
+        return next(self.rows)
+
+
+def test_rows_may_be_streams_without_a_length_and_are_read_once(encoder, folder, tmp_path):
+    events = []
+    rows = {
+        "ratings": Once(RATINGS, events, "ratings"),
+        "pairs": Once(PAIRS, events, "pairs"),
+        "lists": Once(LISTS, events, "lists"),
+    }
+    watched = WatchedBackbone(encoder)
+    embed(tmp_path, watched, **rows)
+    assert events == ["ratings"] * 7 + ["pairs"] * 4 + ["lists"] * 4
+    assert_same_files(tmp_path, folder)
+
+
+def test_no_row_is_kept_while_the_next_are_read(encoder, tmp_path):
+    class Watched(RatedResponse):  # without slots: it can be referred to weakly
+        pass
+
+    references = []
+
+    def stream():
+        for row in corpus()["ratings"]:
+            fields = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
+            assert not [k for k, ref in enumerate(references[:-1]) if ref() is not None]
+            watched = Watched(**fields)
+            references.append(weakref.ref(watched))
+            yield watched
+            del watched
+
+    embed(tmp_path, WatchedBackbone(encoder), ratings=stream(), pairs=[], lists=[])
+    assert len(references) == 32
+
+
+def test_a_streaming_data_set_of_the_datasets_library_can_be_embedded(
+    encoder, undisturbed, tmp_path
+):
+    import datasets
+
+    rows = corpus()
+
+    def examples():
+        for row in rows["ratings"]:
+            messages = [{"role": m.role, "content": m.content} for m in row.prompt]
+            yield {
+                "id": row.id,
+                "prompt": messages,
+                "response": row.responses[0],
+                "ratings": row.ratings,
+                "split": row.split,
+            }
+
+    stream = datasets.IterableDataset.from_generator(examples)
+    with pytest.raises(TypeError):
+        len(stream)
+    ratings = (
+        rate(
+            example["id"],
+            tuple(Message(**message) for message in example["prompt"]),
+            example["response"],
+            split=example["split"],
+            **example["ratings"],
+        )
+        for example in stream
     )
-    long = rate("long", FOX, "Warn of risks! " * 60, honesty=2.0)
+    embed(tmp_path, WatchedBackbone(encoder), **{**rows, "ratings": ratings})
+    assert_same_files(tmp_path, undisturbed)
+
+
+def test_a_stream_that_fails_leaves_the_folder_free_and_nothing_embedded(encoder, folder, tmp_path):
+    def broken():
+        yield from RATINGS[:3]
+        raise DataError("rows.jsonl:4: malformed JSON")
+
+    watched = WatchedBackbone(encoder)
+    with pytest.raises(DataError, match="malformed JSON"):
+        embed(tmp_path, watched, ratings=broken())
+    assert watched.shards == []
+    embed(tmp_path, watched)
+    assert_same_files(tmp_path, folder)
+
+
+NO_STYLE = rate("new", DOG, "Yes.", honesty=1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"ratings": [], "pairs": [], "lists": []}, "'honesty' has 0 ratings"),
+        ({"ratings": RATINGS[:-1]}, "'verbosity' has the one rating 4"),
+        ({"ratings": [*RATINGS[:3], NO_STYLE]}, "'verbosity' has 0 ratings"),
+        ({"ratings": RATINGS[:3]}, "'honesty' has the one rating 5"),
+        ({"min_ratings": 3}, "'verbosity' has 2 ratings .* `data.min_ratings=3`"),
+        (
+            {"pairs": [dataclasses.replace(PAIRS[0], split="train")]},
+            r"'r1' \(test\) and 'p0' \(train\) share a prompt",
+        ),
+    ],
+)
+def test_data_that_cannot_be_learned_from_stops_before_anything_is_embedded(
+    encoder, tmp_path, rows, message
+):
+    watched = WatchedBackbone(encoder)
+    with pytest.raises(DataError, match=message):
+        embed(tmp_path, watched, **rows)
+    assert watched.shards == []
+
+
+# Going on where it stopped
+
+
+@pytest.mark.parametrize("shards", [0, 1, 9, 15])
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(encoder, undisturbed, tmp_path, shards):
+    cut_off = WatchedBackbone(encoder, shards=shards)
+    with pytest.raises(RuntimeError, match="cut off"):
+        embed(tmp_path, cut_off, **corpus())
+    with pytest.raises(ArtifactError, match=r"missing|No such file"):
+        EmbeddedData.load(tmp_path)
+    kept = shard_digests(tmp_path)
+    assert len(kept) == len(cut_off.shards) == shards
+    assert kept.items() <= shard_digests(undisturbed).items()
+
+    resumed = WatchedBackbone(encoder)
+    embed(tmp_path, resumed, **corpus())
+    assert len(resumed.shards) == 16 - shards
+    assert set(cut_off.conversations).isdisjoint(resumed.conversations)
+    assert set(cut_off.prompts).isdisjoint(resumed.prompts)
+    assert_same_files(tmp_path, undisturbed)
+
+
+def test_a_run_that_was_cut_off_says_what_is_there_already(encoder, tmp_path, caplog):
+    with pytest.raises(RuntimeError, match="cut off"):
+        embed(tmp_path, WatchedBackbone(encoder, shards=5), **corpus())
+    caplog.clear()
+    caplog.set_level(logging.INFO, "armo")
+    embed(tmp_path, WatchedBackbone(encoder), **corpus())
+    assert "12 of 36 responses are there already" in caplog.text
+
+
+def test_a_finished_run_is_not_computed_again(encoder, folder):
+    before = digests(folder)
+    watched = WatchedBackbone(encoder, shards=0)
+    embed(folder, watched)
+    assert watched.shards == []
+    assert digests(folder) == before
+
+
+def test_texts_are_left_beside_the_shards_of_a_run_that_was_cut_off_alone(encoder, tmp_path):
+    with pytest.raises(RuntimeError, match="cut off"):
+        embed(tmp_path, WatchedBackbone(encoder, shards=1))
+    assert (tmp_path / "texts" / "responses.jsonl").is_file()
+    embed(tmp_path, WatchedBackbone(encoder))
+    assert not (tmp_path / "texts").exists()
+
+
+def test_a_corrected_text_is_embedded_again_with_its_shard_alone(encoder, undisturbed, tmp_path):
+    rows = corpus()
+    embed(tmp_path, WatchedBackbone(encoder), **rows)
+    row = rows["ratings"][21]
+    assert row.id == "r10-1"
+    corrected = dataclasses.replace(row, conversation=Conversation(row.prompt, "It is quick."))
+    rows["ratings"][21] = corrected
+    rows["pairs"][10] = dataclasses.replace(rows["pairs"][10], chosen="It is quick.")
+    watched = WatchedBackbone(encoder)
+    data = embed(tmp_path, watched, **rows)
+    assert set(watched.prompts) == {row.prompt}
+    changed = shard_digests(tmp_path).items() ^ shard_digests(undisturbed).items()
+    assert {name for name, _ in changed} == {"shard-00010.safetensors"}
+    for numbers in (data.tables.ratings_response[21:22], data.tables.pairs_chosen[10:11]):
+        stored = data.responses.read(numbers)[0]
+        fresh = embed_alone(encoder, row.prompt, "It is quick.")[1]
+        torch.testing.assert_close(stored, fresh, atol=1e-5, rtol=0)
+
+
+def test_corrected_ratings_and_sides_embed_nothing_again(encoder, undisturbed, tmp_path):
+    rows = corpus()
+    embed(tmp_path, WatchedBackbone(encoder), **rows)
+    rows["ratings"][5] = dataclasses.replace(rows["ratings"][5], ratings={"honesty": 1.0})
+    for kind in ("ratings", "pairs"):
+        rows[kind] = [
+            dataclasses.replace(
+                row, split="test" if "Question 1:" in row.prompt[0].content else row.split
+            )
+            for row in rows[kind]
+        ]
+    watched = WatchedBackbone(encoder, shards=0)
+    data = embed(tmp_path, watched, **rows)
+    assert watched.shards == []
+    assert shard_digests(tmp_path) == shard_digests(undisturbed)
+    assert data.tables.ratings[5, 0] == 0.0
+    assert data.tables.ratings_test[2:4].all()
+    assert data.tables.pairs_test[1]
+
+
+def test_rows_that_are_added_keep_the_shards_before_them(encoder, undisturbed, tmp_path):
+    rows = corpus()
+    embed(tmp_path, WatchedBackbone(encoder), **rows)
+    more = [*rows["ratings"], rate("new", (Message("user", "New?"),), "Yes.", split="train")]
+    watched = WatchedBackbone(encoder)
+    embed(tmp_path, watched, **{**rows, "ratings": more})
+    kept = shard_digests(tmp_path).items() & shard_digests(undisturbed).items()
+    assert len(kept) == 16
+    assert watched.prompts == [(Message("user", "New?"),)]
+
+
+def test_another_way_to_read_embeds_everything_again(encoder, folder, tmp_path, caplog):
+    embed(tmp_path, WatchedBackbone(encoder))
+    caplog.set_level(logging.INFO, "armo")
+    watched = WatchedBackbone(encoder, max_tokens=90)
+    embed(tmp_path, watched)
+    assert set(watched.prompts) == PROMPTS
+    assert "shards of other embeddings" in caplog.text
+    assert not shard_digests(tmp_path).items() & shard_digests(folder).items()
+    again = WatchedBackbone(encoder)
+    embed(tmp_path, again)
+    assert set(again.prompts) == PROMPTS
+    assert_same_files(tmp_path, folder)
+
+
+def test_another_size_of_shards_embeds_the_same(encoder, undisturbed, tmp_path):
+    embed(tmp_path, WatchedBackbone(encoder), **corpus())
+    data = embed(tmp_path, WatchedBackbone(encoder), **corpus(), shard_rows=7)
+    assert len(shard_digests(tmp_path)) == 5
+    reference = EmbeddedData.load(undisturbed)
+    for table, other in ((data.prompts, reference.prompts), (data.responses, reference.responses)):
+        every = torch.arange(other.rows)
+        torch.testing.assert_close(table.read(every), other.read(every), atol=1e-5, rtol=0)
+    assert torch.equal(data.tables.pairs_chosen, reference.tables.pairs_chosen)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "lose"])
+def test_a_damaged_shard_is_named_and_made_again_and_the_others_are_kept(
+    encoder, undisturbed, tmp_path, damage, caplog
+):
+    embed(tmp_path, WatchedBackbone(encoder), **corpus())
+    shard = tmp_path / "shard-00007.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 0x40
+    if damage == "lose":
+        shard.unlink()
+    else:
+        shard.write_bytes({"flip": content, "cut": content[:-9], "empty": b""}[damage])
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob("shard-*") if p != shard}
+    watched = WatchedBackbone(encoder)
+    embed(tmp_path, watched, **corpus())
+    assert len(watched.shards) == 1
+    assert "Question 7:" in watched.prompts[0][0].content
+    assert (f"{shard} is damaged; it is made again" in caplog.text) == (damage != "lose")
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert_same_files(tmp_path, undisturbed)
+
+
+# Rows that are left out
+
+
+def test_skipped_rows_keep_their_place_and_are_on_neither_side(encoder, folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "armo")
+    fields = {"source": "s", "split": "test"}
+    ratings = [*RATINGS[:2], rate("long", FOX, LONG, honesty=1.0), *RATINGS[2:]]
+    pairs = [
+        *PAIRS[:1],
+        PreferencePair("long chosen", prompt=DOG, chosen=LONG, rejected="No.", source="s"),
+        *PAIRS[1:],
+        PreferencePair("long rejected", prompt=FOX, chosen="No.", rejected=LONG, **fields),
+    ]
+    lists = [
+        *LISTS[:1],
+        ResponseList("long", prompt=FOX, responses=("No.", LONG), correct=(0,), **fields),
+        *LISTS[1:],
+    ]
+    rows = {"ratings": ratings, "pairs": pairs, "lists": lists}
+    data = embed(tmp_path, WatchedBackbone(encoder, on_overlong="skip"), **rows)
+    tables = data.tables
+    left_out = {
+        "ratings": (tables.ratings_train | tables.ratings_test).tolist(),
+        "pairs": (tables.pairs_train | tables.pairs_test).tolist(),
+        "lists": tables.lists_test.tolist(),
+    }
+    assert left_out == {
+        "ratings": [True, True, False, True, True, True, True],
+        "pairs": [True, False, True, True, False],
+        "lists": [True, False, True],
+    }
+    assert not (tables.ratings_train & tables.ratings_test).any()
+    # The others are what and where they are where nothing is too long.
+    plain = EmbeddedData.load(folder)
+    for numbers, there, reference in (
+        (tables.ratings_response, left_out["ratings"], plain.tables.ratings_response),
+        (tables.pairs_chosen, left_out["pairs"], plain.tables.pairs_chosen),
+        (tables.pairs_rejected, left_out["pairs"], plain.tables.pairs_rejected),
+    ):
+        found = data.responses.read(numbers[torch.tensor(there)])
+        torch.testing.assert_close(found, plain.responses.read(reference), atol=1e-5, rtol=0)
+    assert tables.ratings[2, 0] == 0.0
+    assert tables.ratings_test.tolist() == [False, True, *[False] * 5]
+    assert tables.pairs_train.tolist() == [False, False, True, True, False]
+    assert data.responses.missing()[tables.ratings_response].tolist() == [
+        not there for there in left_out["ratings"]
+    ]
+    assert data.responses.read(tables.ratings_response[2:3]).isnan().all()
+    assert not data.prompts.missing().any()
+    assert all(LONG not in example["responses"] for example in data.examples)
+    for words in (
+        "2 of 13 responses were skipped: too long",
+        "so 1 of 7 rated rows are left out",
+        "so 2 of 5 pairs are left out",
+        "so 1 of 3 lists are left out",
+    ):
+        assert words in caplog.text
+
+
+def test_a_prompt_that_is_skipped_leaves_out_all_its_rows(encoder, tmp_path, caplog):
+    long = (Message("user", LONG),)
+    ratings = [
+        rate("long 0", long, "Yes.", split="train", honesty=1.0),
+        *RATINGS,
+        rate("long 1", long, "No.", split="train", honesty=1.0),
+    ]
+    data = embed(tmp_path, WatchedBackbone(encoder, on_overlong="skip"), ratings=ratings)
+    there = data.tables.ratings_train | data.tables.ratings_test
+    assert there.tolist() == [False, *[True] * 6, False]
+    assert data.prompts.missing().tolist() == [True, *[False] * 4]
+    assert data.prompt_embeddings(data.tables.ratings_response[:1]).isnan().all()
+    assert "1 of 5 prompts were skipped: too long" in caplog.text
+
+
+def test_a_run_in_which_all_pairs_are_skipped_has_no_examples(encoder, tmp_path):
+    pairs = [pair("long", FOX, LONG, LONG + "x", category="facts")]
+    data = embed(tmp_path, WatchedBackbone(encoder, on_overlong="skip"), pairs=pairs)
+    assert data.examples == []
+
+
+# Rows that cannot be embedded
+
+
+def test_a_row_that_cannot_be_embedded_is_named_by_its_id_and_text(encoder, tmp_path):
+    strict = WatchedBackbone(encoder, on_overlong="error")
     embed(tmp_path, strict)
-    with pytest.raises(BackboneError, match=r"the response has \d+ tokens") as caught:
+    long = rate("long", FOX, LONG, honesty=2.0)
+    with pytest.raises(BackboneError) as caught:
         embed(tmp_path, strict, ratings=[*RATINGS, long])
-    assert "Warn of risks!" in str(caught.value)
+    message = str(caught.value)
+    assert message.startswith(
+        "row 'long', response 'Warn of risks! Warn of risks! Warn of risks! Warn of risks! ' "
+        "to prompt 'Is the fox quick?': the response has "
+    )
+    assert "raise `max_tokens` or set `on_overlong` to truncate or skip" in message
+    assert "\n" not in message
+
+
+def test_a_prompt_that_cannot_be_embedded_is_named_by_a_row_that_has_it(encoder, tmp_path):
+    rows = corpus()
+    prompt = (Message("user", "Is it safe? " * 60),)
+    rows["ratings"][9] = rate("long", prompt, "Yes.", split="train")
+    with pytest.raises(BackboneError, match=r"^row 'long', prompt '(Is it safe\? ){5}': the p"):
+        embed(tmp_path, WatchedBackbone(encoder, on_overlong="error"), **rows)
+
+
+def refusing(causal):
+    """A backbone whose chat template refuses a word."""
+    tokenizer = copy.deepcopy(causal.tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if 'forbidden' in message['content'] %}"
+        "{{ raise_exception('there are words\nnot to be said') }}{% endif %}{% endfor %}"
+    ) + tokenizer.chat_template
+    return SimpleNamespace(spec=causal.spec, model=causal.model, tokenizer=tokenizer)
+
+
+def test_a_text_that_the_template_refuses_is_named_and_the_shards_before_it_stay(causal, tmp_path):
+    rows = corpus()
+    row = rows["ratings"][22]
+    assert row.id == "r11-0"
+    rows["pairs"].pop(11)
+    rows["ratings"][22] = dataclasses.replace(
+        row, conversation=Conversation(row.prompt, "A forbidden word\nor two.")
+    )
+    folder, whole = tmp_path / "embeddings", tmp_path / "whole"
+    backbone = refusing(causal)
+    watched = WatchedBackbone(backbone)
+    with pytest.raises(BackboneError) as caught:
+        embed(folder, watched, **rows)
+    assert str(caught.value).startswith(
+        "row 'r11-0', response 'A forbidden word\\nor two.' to prompt "
+        "'Question 11: is the fox 11 quick?': the chat template refuses the messages: "
+    )
+    # All before it are whole: the run goes on there once the text is mended.
+    assert len(watched.shards) == len(shard_digests(folder)) == 11
+    rows["ratings"][22] = row
+    resumed = WatchedBackbone(backbone)
+    embed(folder, resumed, **rows)
+    assert len(resumed.shards) == 5
+    embed(whole, WatchedBackbone(backbone), **rows)
+    assert_same_files(folder, whole)
+
+
+@pytest.mark.parametrize("place", [0, 7, 15])
+def test_a_prompt_that_the_template_refuses_is_named_wherever_it_is(causal, tmp_path, place):
+    rows = corpus()
+    del rows["pairs"][place]
+    prompt = (Message("user", f"Question {place} of a forbidden kind?"),)
+    rows["lists"] = []
+    rows["ratings"] = [
+        dataclasses.replace(row, conversation=Conversation(prompt, row.responses[0]))
+        if f"Question {place}:" in row.prompt[0].content
+        else row
+        for row in rows["ratings"]
+    ]
+    with pytest.raises(BackboneError, match=rf"^row 'r{place}-0', prompt 'Question {place} of a"):
+        embed(tmp_path, WatchedBackbone(refusing(causal)), **rows)
+    assert len(shard_digests(tmp_path)) == place
+
+
+# Other processes, killed at any moment
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+
+
+class SlowBackbone(Backbone):
+    """Takes its time for each shard."""
+
+    def embed_chunks(self, chunks, **options):
+        for embedded in super().embed_chunks(chunks, **options):
+            time.sleep(self.delay_s)
+            yield embedded
+
+
+def load_slowly(spec, delay_s, *, device):
+    loaded = load_backbone(spec, device=device)
+    backbone = SlowBackbone(spec, model=loaded.model, tokenizer=loaded.tokenizer)
+    backbone.delay_s = delay_s
+    return backbone
+
+
+def embed_elsewhere(folder, load, rows):
+    embed_rows(
+        folder,
+        load=load,
+        objectives=OBJECTIVES,
+        **rows,
+        test_fraction=0.5,
+        min_ratings=1,
+        shard_rows=2,
+        team=Team("cpu"),
+    )
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Start a function in a process of its own; it costs one import for all of them."""
+    PROCESSES.set_forkserver_preload(["armo.embed.extract", "hypothesis", "pytest", "datasets"])
+    started = []
+
+    def start(function, *arguments):
+        process = PROCESSES.Process(target=function, args=arguments)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def wait_for(condition, *, process=None, timeout_s=60):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        if process is not None and not process.is_alive():
+            return
+        time.sleep(0.005)
+
+
+def test_a_run_that_is_killed_over_and_over_ends_as_an_undisturbed_one(
+    encoder, undisturbed, tmp_path, start
+):
+    moments = random.Random()
+    expected = shard_digests(undisturbed)
+    seen = []
+    for _ in range(3):
+        before = len(shard_digests(tmp_path)) if tmp_path.exists() else 0
+        load = partial(load_slowly, encoder.spec, 0.02)
+        process = start(embed_elsewhere, tmp_path, load, corpus())
+        begun = tmp_path / ".lock.json"
+        wait_for(begun.is_file, process=process)
+        wait_for(lambda n=before: len(shard_digests(tmp_path)) > n, process=process)
+        time.sleep(moments.uniform(0, 0.15))
+        process.kill()
+        process.join()
+        # Whatever a reader finds under the name of a shard is the whole shard.
+        found = shard_digests(tmp_path)
+        assert found.items() <= expected.items()
+        seen.append((process.exitcode, len(found)))
+    assert seen[0][0] == -9
+    assert seen[0][1] < 16
+    resumed = WatchedBackbone(encoder)
+    embed(tmp_path, resumed, **corpus())
+    assert len(resumed.shards) == 16 - seen[-1][1]
+    assert_same_files(tmp_path, undisturbed)
+
+
+def test_a_second_run_into_the_folder_is_refused_and_the_first_is_not_disturbed(
+    encoder, undisturbed, tmp_path, start
+):
+    load = partial(load_slowly, encoder.spec, 0.1)
+    process = start(embed_elsewhere, tmp_path, load, corpus())
+    wait_for(lambda: shard_digests(tmp_path), process=process)
+    watched = WatchedBackbone(encoder)
+    with pytest.raises(ArtifactError) as caught:
+        embed(tmp_path, watched)
+    message = f"process {process.pid} on {os.uname().nodename} is writing there"
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert watched.shards == []
+    process.join(60)
+    assert process.exitcode == 0
+    assert_same_files(tmp_path, undisturbed)
+
+
+class FullDisk(Backbone):
+    """No file can grow beyond a few bytes once three shards are written."""
+
+    def embed_chunks(self, chunks, **options):
+        for number, embedded in enumerate(super().embed_chunks(chunks, **options)):
+            if number == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+            yield embedded
+
+
+def load_full_disk(spec, *, device):
+    loaded = load_backbone(spec, device=device)
+    return FullDisk(spec, model=loaded.model, tokenizer=loaded.tokenizer)
+
+
+def embed_until_full(folder, spec, errors):
+    try:
+        embed_elsewhere(folder, partial(load_full_disk, spec), corpus())
+    except OSError as error:
+        errors.write_text(str(error))
+
+
+def test_a_full_disk_is_said_in_one_line_and_the_shards_are_kept(
+    encoder, undisturbed, tmp_path, start
+):
+    folder, errors = tmp_path / "embeddings", tmp_path / "errors"
+    process = start(embed_until_full, folder, encoder.spec, errors)
+    process.join(60)
+    assert process.exitcode == 0
+    shard = folder / "shard-00003.safetensors"
+    assert re.fullmatch(rf"\[Errno \d+\] File too large: '{shard}'", errors.read_text())
+    kept = shard_digests(folder)
+    assert len(kept) == 3
+    assert kept.items() <= shard_digests(undisturbed).items()
+    assert not list(folder.glob(".*.tmp"))
+    resumed = WatchedBackbone(encoder)
+    embed(folder, resumed, **corpus())
+    assert len(resumed.shards) == 13
+    assert_same_files(folder, undisturbed)
+
+
+# Memory
+
+
+def many_rows(count, words):
+    """Rows of long texts, a hundred characters to the token."""
+    for k in range(count):
+        prompt = (Message("user", f"Question {k}?"),)
+        rated = {"honesty": 1.0 + k % 5, "harm": k % 11, "verbosity": k % 5}
+        text = " ".join(f"{k}-{n}-{'x' * 90}" for n in range(words))
+        yield rate(f"r{k}", prompt, text, split="train", **rated)
+
+
+def report_peak(folder, spec, count, words, result):
+    # They take most of the time, and nothing of the memory that lasts.
+    extract.surface_features = lambda texts: torch.zeros(len(texts), len(SURFACE_FEATURES))
+    embed_rows(
+        folder,
+        load=partial(load_backbone, spec),
+        objectives=OBJECTIVES,
+        ratings=many_rows(count, words),
+        pairs=[],
+        lists=[],
+        test_fraction=0.5,
+        min_ratings=1,
+        shard_rows=32,
+        team=Team("cpu"),
+    )
+    result.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+@pytest.fixture
+def word_spec(encoder_folder, tmp_path):
+    """An encoder that reads a text word by word, all of them unknown: as fast as can be."""
+    folder = shutil.copytree(encoder_folder, tmp_path / "word encoder")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(models.WordLevel({t: k for k, t in enumerate(special)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {f"{name.strip('[]').lower()}_token": name for name in special}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return BackboneSpec(str(folder), pooling="mean", max_tokens=96, max_prompt_tokens=40)
+
+
+def test_more_rows_take_no_more_memory_than_their_numbers(word_spec, tmp_path, start):
+    words, peaks = 40, {}
+    for count in (1000, 4000):
+        receiving, sending = PROCESSES.Pipe(duplex=False)
+        start(report_peak, tmp_path / str(count), word_spec, count, words, sending)
+        assert receiving.poll(60)
+        peaks[count] = receiving.recv()
+    growth = (peaks[4000] - peaks[1000]) / 3000
+    # Each row has 4,000 characters; what stays in memory are numbers and digests.
+    assert growth < 3000
+
+
+# Several processes at once
+
+
+class LoggedBackbone(Backbone):
+    """Writes down which process embeds which prompts."""
+
+    def embed_chunks(self, chunks, **options):
+        read = []
+
+        def reading():
+            for chunk in chunks:
+                read.append(chunk)
+                yield chunk
+
+        for number, embedded in enumerate(super().embed_chunks(reading(), **options)):
+            with self.log.open("a") as file:
+                for group in read[number]:
+                    file.write(f"{os.getpid()} {group.prompt[0].content}\n")
+            yield embedded
+
+
+def load_logged(spec, log, *, device):
+    torch.set_num_threads(1)  # those of a process that was forked are gone
+    loaded = load_backbone(spec, device=device)
+    backbone = LoggedBackbone(spec, model=loaded.model, tokenizer=loaded.tokenizer)
+    backbone.log = log
+    return backbone
+
+
+def test_two_processes_share_the_shards_and_one_goes_on_when_they_were_cut_off(
+    encoder, undisturbed, tmp_path
+):
+    spec = dataclasses.replace(encoder.spec, on_overlong="error")
+    folder, log = tmp_path / "embeddings", tmp_path / "log"
+    load = partial(load_logged, spec, log)
+    rows, broken = corpus(), corpus()
+    row = broken["ratings"][27]
+    assert row.id == "r13-1"
+    broken["ratings"][27] = dataclasses.replace(row, conversation=Conversation(row.prompt, LONG))
+    del broken["pairs"][13], rows["pairs"][13]
+    # Forked, they need not import everything first.
+    team = Team(accelerator="cpu", devices=2, strategy="ddp_fork")
+    options = {
+        "objectives": OBJECTIVES,
+        "test_fraction": 0.5,
+        "min_ratings": 1,
+        "shard_rows": 2,
+    }
+    with pytest.raises(BackboneError) as caught:
+        embed_rows(folder, load=load, team=team, **broken, **options)
+    # Raised in a child; what arrives is one line, without the child's traceback.
+    assert str(caught.value).startswith("row 'r13-1', response 'Warn of risks! ")
+    assert "\n" not in str(caught.value)
+    kept = shard_digests(folder)
+    lines = log.read_text().splitlines()
+    assert 6 <= len(kept) <= len(lines) < 16
+    assert len({line.split()[0] for line in lines}) == 2
+    assert len({line.split(maxsplit=1)[1] for line in lines}) == len(lines)
+
+    strict = WatchedBackbone(encoder, on_overlong="error")
+    embed(folder, strict, **rows)
+    assert len(strict.shards) == 16 - len(kept)
+    whole = tmp_path / "whole"
+    embed(whole, WatchedBackbone(encoder, on_overlong="error"), **rows)
+    assert_same_files(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("last_lines", "message"),
+    [
+        (
+            "armo.embed.spec.BackboneError: row 'r1': the template refuses it:\nno such words",
+            "row 'r1': the template refuses it: no such words",
+        ),
+        (
+            "armo.embed.spec.BackboneError: row 'r1', response 'ValueError: x\\\\n': too long",
+            "row 'r1', response 'ValueError: x\\\\n': too long",
+        ),
+        ("OSError: [Errno 28] No space left on device: 'a'", "[Errno 28] No space left on device"),
+    ],
+)
+def test_the_error_of_another_process_arrives_whole_and_in_one_line(
+    tmp_path, monkeypatch, last_lines, message
+):
+    def launch(share):
+        raise ProcessRaisedException(
+            "\n\n-- Process 1 terminated with the following error:\n"
+            f'Traceback (most recent call last):\n  File "x.py", line 1\n{last_lines}\n',
+            error_index=1,
+            error_pid=7,
+        )
+
+    monkeypatch.setattr(Team, "fabric", lambda team: SimpleNamespace(launch=launch))
+    with pytest.raises(BackboneError) as caught:
+        extract.run_team(tmp_path, load=load_backbone, team=Team(), shard_rows=2)
+    assert message in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_team_is_one_process_where_nothing_else_is_said():
+    fabric = Team("cpu").fabric()
+    assert (fabric.world_size, str(fabric.device)) == (1, "cpu")
+
+
+def test_a_device_with_a_number_is_taken_as_it_is():
+    """Where the configuration says `cuda:1`, or here `cpu:0`, a team runs on that."""
+    fabric = Team("cpu:0").fabric()
+    assert fabric.world_size == 1
+
+
+# Progress
+
+
+@pytest.fixture
+def not_a_terminal(monkeypatch):
+    monkeypatch.setattr("rich._console", Console(file=io.StringIO(), force_terminal=False))
+
+
+@pytest.mark.usefixtures("not_a_terminal")
+def test_progress_is_logged_where_there_is_no_terminal(encoder, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "armo")
+    monkeypatch.setattr(extract, "LOG_EVERY_S", 0.0)
+    monkeypatch.setattr(extract, "LOOK_EVERY_S", 0.0)
+    embed(tmp_path, WatchedBackbone(encoder), **corpus())
+    lines = re.findall(r"(\d+) of 36 responses, about (\d+) s left", caplog.text)
+    counts = [int(rows) for rows, _ in lines]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 10
+    assert counts[-1] == 36
+
+
+@pytest.mark.usefixtures("not_a_terminal")
+def test_progress_is_not_logged_more_often_than_asked(encoder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "armo")
+    embed(tmp_path, WatchedBackbone(encoder), **corpus())
+    assert "s left" not in caplog.text
+
+
+@pytest.fixture
+def passing(tmp_path, encoder, monkeypatch):
+    """A pass over the corpus with a clock of its own: its store, its texts, and the clock."""
+    indexer = RowIndexer(tmp_path / "texts", OBJECTIVES, test_fraction=0.5)
+    rows = corpus()
+    indexer.add_ratings(rows["ratings"])
+    spool, _ = indexer.finish()
+    store = EmbeddingStore.create(
+        tmp_path, dim=encoder.dim, fingerprint="f", shards=spool.shards(shard_rows=2)
+    )
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, sleep=time.sleep)
+    monkeypatch.setattr(extract, "time", clock)
+    return SimpleNamespace(store=store, spool=spool, clock=clock)
+
+
+def write_shard(store, number):
+    def nothing(rows):
+        marks = torch.zeros(rows, dtype=torch.bool)
+        return Embeddings(torch.zeros(rows, store.dim), truncated=marks, missing=marks)
+
+    shard = store.shards[number]
+    store.write(number, prompts=nothing(shard.prompts), responses=nothing(shard.responses))
+
+
+@pytest.mark.usefixtures("not_a_terminal")
+def test_the_time_left_follows_from_the_work_left_of_all_processes(passing, caplog):
+    caplog.set_level(logging.INFO, "armo")
+    store, spool = passing.store, passing.spool
+    work = spool.response_bytes.reshape(16, 2).sum(1).double()
+    write_shard(store, 0)
+    missing = store.missing_shards()
+    with extract._Progress(store, missing, spool, hidden=False) as progress:
+        assert "2 of 32 responses are there already" in caplog.text
+        passing.clock.now = 100.0
+        # This process is at shard 1; another one has written 2, and 4, which is long.
+        write_shard(store, 2)
+        write_shard(store, 4)
+        progress.show(1, 0.25)
+        done = float(work[2] + work[4] + 0.25 * work[1])
+        left = float(work[1:].sum()) - done
+        assert f"6 of 32 responses, about {100 * left / done:.0f} s left" in caplog.text
+        caplog.clear()
+        passing.clock.now = 130.0
+        progress.show(1, 0.5)
+        assert "left" not in caplog.text  # a minute has not passed
+        passing.clock.now = 161.0
+        progress.show(1, 0.75)
+        assert "6 of 32 responses" in caplog.text
+
+
+@pytest.mark.usefixtures("not_a_terminal")
+def test_the_first_process_shows_progress_until_the_others_are_done(passing, monkeypatch):
+    monkeypatch.setattr(extract, "LOOK_EVERY_S", 0.01)
+    store = passing.store
+    for number in range(15):
+        write_shard(store, number)
+    late = threading.Timer(0.2, write_shard, (store, 15))
+    with extract._Progress(store, [14, 15], passing.spool, hidden=False) as progress:
+        late.start()
+        progress.wait()
+    assert store.missing_shards() == []
+    late.join()
+
+
+def test_other_processes_show_nothing_and_do_not_wait(passing, caplog, capsys):
+    caplog.set_level(logging.INFO, "armo")
+    missing = passing.store.missing_shards()
+    with extract._Progress(passing.store, missing, passing.spool, hidden=True) as progress:
+        for number, share in itertools.product(range(3), (0.5, 1.0)):
+            passing.clock.now += 100
+            progress.show(number, share)
+        progress.wait()
+    assert caplog.text == ""
+    assert capsys.readouterr() == ("", "")

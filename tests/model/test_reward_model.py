@@ -1,14 +1,17 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 from conftest import conversation, make_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armo.data.conversation import Message
 from armo.data.objectives import Objective, ObjectiveSet
+from armo.embed.backbone import Backbone
 from armo.embed.boundary import PromptGroup
+from armo.embed.spec import BackboneError
 from armo.fit.decorrelation import RewardTransform
 from armo.fit.gating import GatingNetwork
 from armo.fit.heads import ObjectiveHeads
@@ -301,6 +304,121 @@ def test_a_flat_list_of_messages_is_no_list_of_conversations(model):
         model.score(conversation("Hi", "Yes."))
 
 
-def test_a_conversation_that_was_cut_is_said_to_be(model, caplog):
-    model.score([conversation("Hi", "word " * 500), conversation("Hi", "Yes.")])
-    assert "1 of 2 conversations were longer" in caplog.text
+LONG = "word " * 500
+
+
+def test_a_conversation_that_was_cut_is_said_to_be_and_marked(model, caplog):
+    conversations = [
+        conversation("Hi", LONG),
+        conversation("Hi", "Yes."),
+        conversation("Hi " * 200, "Yes."),
+        conversation("Hi", "No."),
+    ]
+    out = model.score(conversations)
+    assert out.truncated.tolist() == [True, False, True, False]
+    assert bool(out.score.isfinite().all())
+    assert "2 of 4 conversations are longer than the backbone reads: cut" in caplog.text
+    assert "skipped" not in caplog.text
+
+
+def test_nothing_is_marked_where_nothing_was_cut(model, caplog):
+    out = model.score_responses("Is it safe?", ["Yes.", "No."])
+    assert out.truncated.dtype == torch.bool
+    assert out.truncated.tolist() == [False, False]
+    assert not caplog.text
+
+
+def with_spec(model, **changes):
+    """The same model on a backbone that reads in another way."""
+    spec = dataclasses.replace(model.backbone.spec, **changes)
+    return make_model(
+        Backbone(spec, model=model.backbone.model, tokenizer=model.backbone.tokenizer)
+    )
+
+
+SKIPPED = [
+    conversation("Is it safe?", "Yes."),
+    conversation("Is it safe?", LONG),
+    conversation(LONG, "Yes."),
+    conversation("Is it safe?", "No."),
+]
+
+
+def test_a_skipped_conversation_has_nan_everywhere_and_the_others_their_scores(model, caplog):
+    out = with_spec(model, on_overlong="skip").score(SKIPPED)
+    for name in FIELDS:
+        values = getattr(out, name)
+        assert bool(values[[1, 2]].isnan().all()), name
+        assert bool(values[[0, 3]].isfinite().all()), name
+    assert out.truncated.tolist() == [False] * 4
+    assert "2 of 4 conversations are longer than the backbone reads: skipped" in caplog.text
+    plain = model.score([SKIPPED[0], SKIPPED[3]])
+    for name in FIELDS:
+        torch.testing.assert_close(
+            getattr(out, name)[[0, 3]], getattr(plain, name), atol=1e-5, rtol=0
+        )
+
+
+def test_a_skipped_conversation_has_no_score_under_given_weights_either(model):
+    out = with_spec(model, on_overlong="skip").score(SKIPPED, weights={"honesty": 1.0})
+    assert out.score.isnan().tolist() == [False, True, True, False]
+
+
+def test_a_comparison_with_a_skipped_response_has_no_probability(model):
+    comparison = with_spec(model, on_overlong="skip").compare("Is it safe?", "Yes.", LONG)
+    assert math.isnan(comparison.probability)
+
+
+def test_a_conversation_that_is_too_long_is_named_by_its_number(model):
+    strict = with_spec(model, on_overlong="error")
+    with pytest.raises(BackboneError, match=r"^conversation 1: the response has \d+ tokens"):
+        strict.score(SKIPPED)
+    with pytest.raises(BackboneError, match=r"^conversation 2: the prompt has \d+ tokens"):
+        strict.score([SKIPPED[0], SKIPPED[0], SKIPPED[2], SKIPPED[2]])
+    with pytest.raises(BackboneError, match=r"^conversation 1: the response has \d+ tokens"):
+        strict.score_responses("Is it safe?", ["Yes.", LONG])
+
+
+def test_a_conversation_of_a_later_chunk_is_named_by_its_number(model, monkeypatch):
+    monkeypatch.setattr("armo.model.reward_model.CHUNK_ROWS", 2)
+    conversations = [conversation(f"Is {k} safe?", "Yes.") for k in range(7)]
+    with pytest.raises(BackboneError, match=r"^conversation 7: the response has"):
+        with_spec(model, on_overlong="error").score([*conversations, SKIPPED[1], SKIPPED[0]])
+
+
+def test_conversations_that_come_twice_are_run_once_and_score_alike(model, monkeypatch):
+    planned = []
+    plan = model.backbone.planner.plan
+    monkeypatch.setattr(
+        model.backbone.planner,
+        "plan",
+        lambda groups, **how: planned.extend(groups) or plan(groups, **how),
+    )
+    order = [0, 1, 0, 2, 1, 0, 4, 2]
+    out = model.score([CONVERSATIONS[k] for k in order])
+    assert len(planned) == 3
+    assert sum(len(group.responses) for group in planned) == 4
+    plain = model.score(CONVERSATIONS)
+    for name in FIELDS:
+        values = getattr(out, name)
+        assert torch.equal(values[[0, 1, 3]], values[[5, 4, 7]])
+        torch.testing.assert_close(values, getattr(plain, name)[order], atol=1e-5, rtol=0)
+
+
+@settings(max_examples=10)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12))
+def test_any_order_of_prompts_and_responses_is_kept(encoder, numbers):
+    model = make_model(encoder)
+    responses = ("Yes.", "No.", "- one\n- two", "It warns.")
+    texts = [(f"Is {prompt} safe?", responses[response]) for prompt, response in numbers]
+    out = model.score([conversation(*text) for text in texts])
+    for text, score in zip(texts, out.score, strict=True):
+        alone = model.score([conversation(*text)])
+        assert float(score) == pytest.approx(float(alone.score), abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 2, 3])
+def test_scores_do_not_depend_on_the_chunks(model, out, monkeypatch, chunk_rows):
+    monkeypatch.setattr("armo.model.reward_model.CHUNK_ROWS", chunk_rows)
+    assert_same(model.score(CONVERSATIONS), out, atol=1e-5, rtol=0)
+    assert model.score([]).truncated.shape == (0,)

@@ -1,5 +1,5 @@
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,10 +15,13 @@ from armo.data.conversation import (
     RatedResponse,
     ResponseList,
 )
+from armo.data.objectives import Objective, ObjectiveSet
 from armo.data.surface import FORMAT_FEATURES, SURFACE_FEATURES, surface_features
+from armo.embed.backbone import Backbone
 from armo.embed.boundary import PromptGroup
 from armo.embed.extract import EmbeddedData, Team, embed_rows
 from armo.fit.decorrelation import RewardTransform
+from armo.fit.gating import GatingNetwork
 from armo.fit.heads import ObjectiveHeads
 from armo.report.evaluate import DECIDED, Evaluation, Mix, Table, evaluate, style_differences
 from armo.report.metrics import bootstrap_interval
@@ -27,7 +30,7 @@ WORDS = ("egg", "dog", "fox", "honest", "risk", "water", "**bold**", "lazy!", "\
 CATEGORIES = ("code", "advice", "")
 
 
-def _text(generator, *, most=20):
+def _text(generator, *, most):
     return "Say " + " ".join(generator.choices(WORDS, k=generator.randint(1, most)))
 
 
@@ -72,26 +75,24 @@ class Case:
         return float(self.weights(prompt, mix=mix) @ adjusted)
 
 
-def _rows():
+def _rows(*, most=20):
     generator = random.Random(0)
     ratings, pairs, lists = [], [], []
     for k in range(24):
-        prompt = (Message("user", f"Question {k}: " + _text(generator)),)
+        prompt = (Message("user", f"Question {k}: " + _text(generator, most=most)),)
         split = "test" if k % 2 else "train"
         category = CATEGORIES[k % 3]
         for n in range(2):
             rated = {"helpfulness": generator.randint(1, 5), "harm": generator.randint(0, 10)}
             if split == "train":  # what no test row rates
                 rated |= {"honesty": 1 + n, "verbosity": n, "formatting": n}
-            talk = Conversation(prompt, _text(generator))
+            talk = Conversation(prompt, _text(generator, most=most))
             ratings.append(RatedResponse(f"r{k}-{n}", "test", talk, rated, category, split))
-            texts = _text(generator), _text(generator)
+            texts = _text(generator, most=most), _text(generator, most=most)
             pairs.append(
-                PreferencePair(
-                    f"p{k}-{n}", "test", prompt, *texts, category=category, split=split
-                )
+                PreferencePair(f"p{k}-{n}", "test", prompt, *texts, category=category, split=split)
             )
-        texts = _text(generator), _text(generator, most=30)
+        texts = _text(generator, most=most), _text(generator, most=most + most // 2)
         kind = ("length", "format")[k // 2 % 2]
         lists.append(ResponseList(f"l{k}", "test", prompt, texts, category=kind, split=split))
     return ratings, pairs, lists
@@ -109,12 +110,12 @@ def _evaluate(data, *, heads, mix, other, constant):
     )
 
 
-def _embed(folder, backbone, rows):
+def _embed(folder, backbone, rows, *, objectives=None):
     ratings, pairs, lists = rows
     embed_rows(
         folder,
         load=lambda device: backbone,
-        objectives=make_model(backbone).objectives,
+        objectives=objectives or make_model(backbone).objectives,
         ratings=ratings,
         pairs=pairs,
         lists=lists,
@@ -366,6 +367,80 @@ def test_without_test_pairs_only_ratings_are_evaluated(case, encoder, tmp_path):
         data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
     )
     assert [table.name for table in evaluation.tables] == ["objectives", "applied"]
+
+
+def _parts(backbone, names, *, seed):
+    """Random heads, and two random mixes, of objectives that are all mixed."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(names), backbone.dim
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mixes = []
+    for beta in (2.0, 0.5):
+        gate = GatingNetwork(
+            dim=backbone.dim, objectives=len(names), mixed=range(len(names)), hidden_dim=8
+        ).eval()
+        with torch.no_grad():
+            for parameter in gate.parameters():
+                parameter.copy_(draw(*parameter.shape))
+        mixes.append(Mix(RewardTransform(names, draw(*shape), draw(len(names))), gate, beta))
+    return {
+        "heads": ObjectiveHeads(names, draw(*shape), draw(len(names))),
+        "mix": mixes[0],
+        "other": mixes[1],
+        "constant": torch.full((len(names),), 1.0 / len(names), dtype=torch.float64),
+    }
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_rows_that_were_skipped_are_in_no_table(encoder, tmp_path, count):
+    names = tuple(f"objective {k}" for k in range(count))
+    objectives = ObjectiveSet(tuple(Objective(name, 0, 10) for name in names))
+    generator = random.Random(1)
+    ratings, pairs, lists = _rows(most=4)
+    ratings = [
+        replace(row, ratings={name: generator.randint(0, 10) for name in names}) for row in ratings
+    ]
+    long = "Warn of risks! " * 60
+    prompt, far = ratings[2].prompt, (Message("user", long),)
+    fields = {"source": "test", "split": "test"}
+    extreme = dict.fromkeys(names, 10.0)
+    skipped = (
+        [
+            RatedResponse(
+                "long 0", conversation=Conversation(prompt, long), ratings=extreme, **fields
+            ),
+            RatedResponse(
+                "long 1", conversation=Conversation(far, "No."), ratings=extreme, **fields
+            ),
+        ],
+        [
+            PreferencePair("long 0", prompt=prompt, chosen=long, rejected="No.", **fields),
+            PreferencePair("long 1", prompt=far, chosen="Yes.", rejected="No.", **fields),
+        ],
+        [ResponseList("long", prompt=far, responses=("Yes.", "No."), **fields)],
+    )
+    backbone = Backbone(
+        replace(encoder.spec, on_overlong="skip"), model=encoder.model, tokenizer=encoder.tokenizer
+    )
+    plain = _embed(tmp_path / "plain", backbone, (ratings, pairs, lists), objectives=objectives)
+    whole = tuple(a + b for a, b in zip((ratings, pairs, lists), skipped, strict=True))
+    data = _embed(tmp_path / "skipping", backbone, whole, objectives=objectives)
+    assert int(plain.responses.missing().sum()) == 0
+    assert int(data.responses.missing().sum()) == 3
+    assert int(data.prompts.missing().sum()) == 1
+    parts = _parts(encoder, names, seed=0)
+    expected, found = _evaluate(plain, **parts), _evaluate(data, **parts)
+    assert len(expected.tables) == 6
+    changed = [
+        table.name
+        for table, other in zip(expected.tables, found.tables, strict=True)
+        if (table.columns, table.note) != (other.columns, other.note)
+        or list(other.rows) != [pytest.approx(row, abs=1e-5) for row in table.rows]
+    ]
+    assert changed == []
 
 
 def test_a_table_gives_its_columns_by_name():
