@@ -230,6 +230,8 @@ def _score_rows(
     model: Any, rows: Sequence[Any], options: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Yield one result per row; rows are scored in chunks, so memory stays bounded."""
+    from armo.embed.spec import BackboneError
+
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         conversations = [
@@ -237,7 +239,14 @@ def _score_rows(
             for row in chunk
             for response in row.responses
         ]
-        out = model.score(conversations, **options)
+        try:
+            out = model.score(conversations, **options)
+        except BackboneError as error:
+            if error.group is None:
+                raise
+            ids = [row.id for row in chunk for _ in row.responses]
+            reason = str(error).removeprefix(f"conversation {error.group}: ")
+            raise BackboneError(f"row {ids[error.group]!r}: {reason}") from None
         position = 0
         for row in chunk:
             part = slice(position, position + len(row.responses))

@@ -15,7 +15,7 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role {self.role!r} is not one of {', '.join(ROLES)}")
-        _check_text(self.content, "content")
+        check_text(self.content, "content")
 
 
 Prompt = tuple[Message, ...]
@@ -126,10 +126,10 @@ def _check_prompt(prompt: Prompt) -> None:
 def _check_response(response: str, name: str) -> None:
     if not response.strip():
         raise ValueError(f"`{name}` is empty")
-    _check_text(response, name)
+    check_text(response, name)
 
 
-def _check_text(text: str, name: str) -> None:
+def check_text(text: str, name: str) -> None:
     """Refuse half of a surrogate pair, which JSON can spell but no tokenizer can read."""
     try:
         text.encode()

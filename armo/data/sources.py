@@ -18,6 +18,7 @@ from armo.data.conversation import (
     Prompt,
     RatedResponse,
     ResponseList,
+    check_text,
 )
 from armo.data.objectives import ObjectiveSet
 
@@ -269,6 +270,7 @@ def _rows(
 
 def _scorable(row: dict[str, Any], *, number: int) -> ScorableRow:
     id = str(number) if row.get("id") is None else str(row["id"])
+    check_text(id, "id")
     if "messages" in row:
         messages = _messages(row, "messages")
         if not messages or messages[-1].role != "assistant":
@@ -294,6 +296,8 @@ def _field(row: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
         raise ValueError(f"field `{name}` is missing")
     if not isinstance(row[name], kind):
         raise ValueError(f"field `{name}` must be a {kind.__name__}, got {row[name]!r:.60}")
+    if kind is str:
+        check_text(row[name], name)
     return row[name]
 
 
@@ -301,6 +305,7 @@ def _common(row: Mapping[str, Any]) -> dict[str, Any]:
     split, category = row.get("split"), row.get("category")
     if category is not None and not isinstance(category, str):
         raise ValueError(f"`category` must be text, got {category!r:.60}")
+    check_text(category or "", "category")
     if split not in (None, "train", "test"):
         raise ValueError(f"`split` must be train or test, got {split!r}")
     return {

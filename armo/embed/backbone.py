@@ -11,7 +11,13 @@ from typing import Literal, TypeVar, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from armo.artifacts import digest_file, digest_json, read_json
 from armo.embed.boundary import PromptGroup
@@ -70,6 +76,12 @@ class Backbone:
         if positions is not None and spec.max_tokens > positions:
             raise BackboneError(
                 f"`max_tokens` is {spec.max_tokens}, but {spec.id} has only {positions} positions"
+            )
+        stretched = _stretched_beyond(config)
+        if stretched is not None and spec.max_tokens > stretched:
+            raise BackboneError(
+                f"`max_tokens` is {spec.max_tokens}, but beyond {stretched} positions {spec.id} "
+                f"reads a whole batch otherwise; set `max_tokens` to {stretched} at most"
             )
         self.spec = spec
         self.model = model
@@ -133,7 +145,8 @@ class Backbone:
 
         for plan in _one_ahead(prepare, chunks):
             told = _counted(progress, plan.tokens) if progress is not None else None
-            values = self.runner.run(plan, max_rows=max_rows, progress=told)
+            # A copy made outside of inference mode can be trained on.
+            values = self.runner.run(plan, max_rows=max_rows, progress=told).clone()
             marks = torch.zeros(2, plan.targets, dtype=torch.bool)
             marks[0, list(plan.truncated)] = True
             marks[1, list(plan.missing)] = True
@@ -144,6 +157,21 @@ class Backbone:
                     for part in (slice(plan.prompts), slice(plan.prompts, None))
                 )
             )
+
+
+def _stretched_beyond(config: PretrainedConfig) -> int | None:
+    """Number of positions from which on the longest row of a batch changes all of its rows."""
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    flat = "rope_type" in ropes or "type" in ropes  # otherwise one for each type of layer
+    for rope in [ropes] if flat else ropes.values():
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in (
+            "dynamic",
+            "longrope",
+            "su",
+        ):
+            own = getattr(config, "original_max_position_embeddings", None)
+            return rope.get("original_max_position_embeddings") or own
+    return None
 
 
 def _counted(progress: Callable[[float], None], tokens: int) -> Callable[[int], None]:

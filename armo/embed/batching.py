@@ -54,4 +54,5 @@ def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> f
         0.25
     """
     padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
-    return 1.0 - sum(lengths[row] for batch in batches for row in batch) / max(1, padded)
+    run = sum(lengths[row] for batch in batches for row in batch)
+    return (padded - run) / max(1, padded)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from rich.progress import (
@@ -164,20 +165,27 @@ class Team:
 
     def fabric(self) -> Fabric:
         """Set up the processes, without starting them."""
-        accelerator = self.accelerator
+        accelerator, _, number = self.accelerator.partition(":")
         if accelerator == "auto":
             accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-        devices = self.devices
-        if devices == "auto":
-            devices = torch.cuda.device_count() if accelerator == "gpu" else 1
+        outer = _outer_environment()
+        devices: int | list[int]
+        if self.devices != "auto":
+            devices = int(self.devices)
+        elif number and accelerator != "cpu":
+            devices = [int(number)]
+        elif outer is not None:
+            devices = outer.world_size() // self.num_nodes
+        else:
+            devices = torch.cuda.device_count() if accelerator in ("gpu", "cuda") else 1
         strategy = self.strategy
-        if strategy == "auto" and outer_rank() is not None:
+        if strategy == "auto" and outer is not None:
             strategy = "ddp"
-        elif strategy == "auto" and int(devices) > 1:
+        elif strategy == "auto" and isinstance(devices, int) and devices > 1:
             strategy = "ddp_spawn"
         return Fabric(
             accelerator=accelerator,
-            devices=int(devices),
+            devices=devices,
             num_nodes=self.num_nodes,
             strategy=strategy,
         )
@@ -185,9 +193,14 @@ class Team:
 
 def outer_rank() -> int | None:
     """Rank of this process, if `torchrun` or SLURM started it beside others; otherwise None."""
+    outer = _outer_environment()
+    return None if outer is None else int(outer.global_rank())
+
+
+def _outer_environment() -> ClusterEnvironment | None:
     for environment in (TorchElasticEnvironment, SLURMEnvironment):
         if environment.detect():
-            return int(environment().global_rank())
+            return environment()
     return None
 
 
@@ -268,10 +281,11 @@ def run_team(folder: Path, *, load: Callable[..., Backbone], team: Team, shard_r
     try:
         team.fabric().launch(partial(_embed_share, folder=folder, load=load, shard_rows=shard_rows))
     except ProcessRaisedException as error:
-        # The error of another process is a traceback as text; its last line says what happened.
-        reason = str(error).strip().splitlines()[-1]
-        name = f"{BackboneError.__module__}.{BackboneError.__name__}: "
-        raise BackboneError(reason.removeprefix(name)) from None
+        # The error of another process is a traceback as text, which ends in what happened.
+        text = str(error).strip()
+        name = f"\n{BackboneError.__module__}.{BackboneError.__name__}: "
+        _, ours, reason = text.rpartition(name)
+        raise BackboneError(" ".join(reason.split()) if ours else text.splitlines()[-1]) from None
 
 
 def _embed_share(

@@ -70,6 +70,7 @@ class Runner:
         self._each_batch(
             plan.sequences,
             [len(sequence.ids) for sequence in plan.sequences],
+            [len(sequence.ids) for sequence in plan.sequences],
             lambda batch: self._run_sequences(batch),
             pooled,
             told,
@@ -78,6 +79,10 @@ class Runner:
         self._each_batch(
             plan.shared,
             [len(group.prefix.ids) for group in plan.shared],
+            [
+                len(group.prefix.ids) + max(len(tail.ids) for tail in group.tails)
+                for group in plan.shared
+            ],
             lambda batch: self._run_shared(batch, max_rows=max_rows),
             pooled,
             told,
@@ -89,6 +94,7 @@ class Runner:
         self,
         jobs: Sequence[Any],
         lengths: Sequence[int],
+        whole: Sequence[int],
         run: Callable[[list[Any]], Iterator["SpanSums"]],
         pooled: "Pooled",
         progress: Callable[[int], None],
@@ -106,7 +112,7 @@ class Runner:
                 numbers = [left[k] for k in batch]
                 sums = self._within_memory(run, [jobs[number] for number in numbers])
                 if sums is None:
-                    self._halve(max(lengths[number] for number in numbers), rows=len(numbers))
+                    self._halve(max(whole[number] for number in numbers), rows=len(numbers))
                     break
                 # A batch counts as a whole or not at all: none of it is added twice.
                 for part in sums:
@@ -128,7 +134,8 @@ class Runner:
             return None
 
     def _halve(self, longest: int, *, rows: int) -> None:
-        if rows == 1 and self.batch_tokens <= longest:
+        # Then the responses to a shared prompt are already run one by one, see `_run_shared`.
+        if rows == 1 and CACHED_PER_RUN * self.batch_tokens < 2 * longest:
             raise BackboneError(
                 f"out of memory on a single sequence of {longest} tokens; lower `max_tokens` or "
                 f"use a smaller backbone"
@@ -187,7 +194,8 @@ class Runner:
             states = self._states(
                 input_ids=self._on_device(after),
                 attention_mask=self._on_device(torch.cat([mask[of], after_mask], dim=1)),
-                position_ids=self._on_device(lengths[of, None] + torch.arange(after.shape[1])),
+                # Padding stays at the last position of its row: there may be none beyond it.
+                position_ids=self._on_device(lengths[of, None] + after_mask.cumsum(dim=1) - 1),
                 past_key_values=_rows_of(cache, self._on_device(of)),
                 use_cache=True,
             )
@@ -253,7 +261,9 @@ class Runner:
         try:
             shares = same(self._run_shared(groups, max_rows=None), reference)
             reason = "other embeddings"
-        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        except Exception as error:  # each model fails in its own way
+            if isinstance(error, RuntimeError) and _out_of_memory(error):
+                raise
             shares, reason = False, f"{type(error).__name__}: {error}"
         if not shares:
             logger.info("this model cannot read on from cached prompts (%s)", reason)
@@ -289,10 +299,10 @@ class SpanSums:
         columns = torch.arange(states.shape[1], device=device)
         inside = (columns >= edges[:, :1]) & (columns < edges[:, 1:])
         if len(flat) == len(states) and all(len(of_row) == 1 for of_row in spans):
-            weights = inside.float()[:, None]
-            self.sums = torch.bmm(weights, states.float())[:, 0]
+            # Left out, not weighted by nought: what stands in the padding may be no number.
+            self.sums = states.float().masked_fill(~inside[:, :, None], 0.0).sum(dim=1)
         else:
-            parts = [inside[k].float() @ states[row].float() for k, (row, _) in enumerate(flat)]
+            parts = [states[row, span.start : span.end].float().sum(dim=0) for row, span in flat]
             self.sums = torch.stack(parts)
 
 
@@ -352,4 +362,7 @@ def _rows_of(cache: DynamicCache, rows: Tensor) -> DynamicCache:
 
 def _out_of_memory(error: RuntimeError) -> bool:
     """Whether memory ran out, on a GPU or, where the system says so before it kills, on a CPU."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    signs = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
+        sign in str(error) for sign in signs
+    )

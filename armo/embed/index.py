@@ -94,10 +94,10 @@ class TextSpool:
             last = prompt + prompts == len(counts)
             if responses >= shard_rows or last:
                 digest = hashlib.sha256()
-                digest.update(bytes(self.prompt_digests[prompt : prompt + prompts].flatten()))
+                digest.update(self.prompt_digests[prompt : prompt + prompts].numpy().tobytes())
                 stop = response + responses
-                digest.update(bytes(self.response_digests[response:stop].flatten()))
-                digest.update(bytes(counts[prompt : prompt + prompts].numpy()))
+                digest.update(self.response_digests[response:stop].numpy().tobytes())
+                digest.update(counts[prompt : prompt + prompts].numpy().tobytes())
                 shards.append(Shard(prompts, responses, digest.hexdigest()))
                 prompt, response = prompt + prompts, stop
                 prompts = responses = 0
@@ -237,7 +237,8 @@ class RowIndexer:
             self._group_of_prompt.append(group)
         numbers = []
         for text in row.responses:
-            number = self._responses.add([prompt, text], {"row": row.id, "text": text})
+            # By the prompt's text, not its number: that changes with the rows before it.
+            number = self._responses.add([turns, text], {"row": row.id, "text": text})
             if number == len(self._prompt_of_response):
                 self._prompt_of_response.append(prompt)
             numbers.append(number)

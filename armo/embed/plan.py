@@ -165,6 +165,8 @@ class TextPlanner:
             # What closes a response stays: the last token is to be the same for all.
             closing = min(tokens.closing, limit - 1)
             tail = tail[: limit - closing] + tail[len(tail) - closing :]
+        if self.spec.pooling == "mean" and not tail:
+            raise BackboneError("the response has no tokens to take the mean of")
         ids = head + tail
         start = len(head) if self.spec.pooling == "mean" else len(ids) - 1
         return TokenSequence(ids, (Span(target, start, len(ids)),))

@@ -380,9 +380,10 @@ class ArmoRewardModel(nn.Module):
         if scale not in ("unit", "rating"):
             raise ValueError(f"`scale` must be unit or rating, got {scale!r}.")
         prompts, responses, truncated = self._embed(conversations, batch_size=batch_size)
-        out = replace(
-            self.score_embeddings(responses, prompts, weights=weights), truncated=truncated
-        )
+        out = self.score_embeddings(responses, prompts, weights=weights)
+        skipped = responses.isnan().any(dim=1)
+        weights_or_nan = out.gating_weights.masked_fill(skipped[:, None], torch.nan)
+        out = replace(out, truncated=truncated, gating_weights=weights_or_nan)
         if scale == "unit":
             return out
         scales = torch.tensor([o.scale for o in self.objectives.objectives], dtype=torch.float64)
@@ -406,7 +407,9 @@ class ArmoRewardModel(nn.Module):
             group = chunks[len(parts)][error.group]
             of_prompt = numbers[group.prompt]
             text = group.responses[error.response or 0]
-            raise BackboneError(f"conversation {of_prompt[text]}: {error}") from None
+            named = BackboneError(f"conversation {of_prompt[text]}: {error}")
+            named.group = of_prompt[text]
+            raise named from None
         places = {
             prompt: (k, {text: n for n, text in enumerate(texts)})
             for k, (prompt, texts) in enumerate(numbers.items())

@@ -165,7 +165,7 @@ def _objective_table(data: EmbeddedData, heads: ObjectiveHeads) -> Table:
     rewards = heads.rewards(data.responses.read(tables.ratings_response[test]))
     rows: list[tuple[Any, ...]] = []
     for k, objective in enumerate(data.objectives.objectives):
-        ratings, train = tables.ratings[test][:, k], tables.ratings[~test][:, k]
+        ratings, train = tables.ratings[test][:, k], tables.ratings[tables.ratings_train][:, k]
         rated = ~ratings.isnan()
         slope = abs(objective.scale[1])
         if int(rated.sum()) < 2:
@@ -254,7 +254,7 @@ def _category_table(
     names = data.objectives.names
     mixed = data.objectives.mixed_indices
     # The heaviest few say what a kind of prompt is about; a table of fifty columns does not.
-    shown = sorted(mixed, key=lambda k: -float(scored.prompt_weights[:, k].mean()))[:8]
+    shown = sorted(mixed, key=lambda k: -float(scored.prompt_weights[:, k].nanmean()))[:8]
     shown = [k for k in mixed if k in shown]
     constant = scored.adjusted @ constant_weights
     rows = []

@@ -254,6 +254,22 @@ def test_each_row_finds_the_covariates_of_its_own_text(data, columns, column):
     assert torch.equal(data.tables.covariates[numbers], measured)
 
 
+def test_a_prompt_with_more_responses_than_a_shard_holds_stays_whole(encoder, tmp_path):
+    # More than a thousand, which is how many texts are measured at a time.
+    ratings = [
+        rate(f"r{k}", DOG, "- Yes!\n" * (k % 7) + f"**{k}**", honesty=1 + k % 5, harm=k % 11)
+        for k in range(1100)
+    ]
+    rows = {"ratings": [*RATINGS, *ratings], "pairs": [], "lists": []}
+    watched = WatchedBackbone(encoder)
+    data = embed(tmp_path, watched, **rows)
+    assert [len(shard) for shard in watched.shards] == [1, 2, 1]
+    numbers = data.tables.ratings_response[len(RATINGS) :]
+    measured = surface_features([row.responses[0] for row in ratings])
+    assert torch.equal(data.tables.covariates[numbers], measured)
+    assert len(data.tables.covariates) == data.responses.rows == 1105
+
+
 def test_shared_prompts_and_responses_are_embedded_once(encoder, tmp_path):
     watched = WatchedBackbone(encoder)
     embed(tmp_path, watched)

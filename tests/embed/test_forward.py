@@ -27,6 +27,13 @@ from armo.embed.spec import BackboneError
 
 SAME = 1e-5
 SEEN = 1e-3
+ERRORS = {
+    "gpu": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 9000000000 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+}
 
 
 def runner_of(model, *, layers=(-1,), batch_tokens=256, decoder=True):
@@ -349,13 +356,12 @@ def test_a_model_that_keeps_its_state_elsewhere_reads_each_text_at_once():
     assert apart(runner.run(texts.plan(share=False)), texts.alone(model)) < SAME
 
 
-def test_memory_that_runs_out_while_a_model_is_tried_out_is_no_lack_of_the_model():
+@pytest.mark.parametrize("error", ["gpu", "cpu"])
+def test_memory_that_runs_out_while_a_model_is_tried_out_is_no_lack_of_the_model(error):
     model = build("llama")
-    with (
-        answered_by(model, Memory(0)),
-        pytest.raises(torch.cuda.OutOfMemoryError),
-    ):
-        runner_of(model)
+    for answer in (Memory(0, error=ERRORS[error]), refusing(ERRORS[error])):
+        with answered_by(model, answer), pytest.raises(RuntimeError, match="memory"):
+            runner_of(model)
 
 
 # What is asked of the model.
@@ -454,14 +460,6 @@ def test_progress_counts_each_token_once_and_no_padding():
 
 
 # Memory that runs out.
-
-ERRORS = {
-    "gpu": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "cpu": RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "
-        "you tried to allocate 9000000000 bytes. Error code 12 (Cannot allocate memory)"
-    ),
-}
 
 
 def budgets_told(caplog):

@@ -127,7 +127,7 @@ def rate(question, answer, *, id="r", **ratings):
 
 @given(plans())
 def test_every_row_finds_its_own_text(tmp_path_factory, plan):
-    ratings, pairs, lists = rows = build(plan)
+    ratings, pairs, _ = rows = build(plan)
     spool, found = index(tmp_path_factory.mktemp("texts"), *rows)
     slow = Slow(*rows)
     columns = (
@@ -145,7 +145,7 @@ def test_every_row_finds_its_own_text(tmp_path_factory, plan):
 
 @given(plans())
 def test_numbers_are_those_of_the_slow_way(tmp_path_factory, plan):
-    ratings, pairs, lists = rows = build(plan)
+    ratings, pairs, _ = rows = build(plan)
     spool, found = index(tmp_path_factory.mktemp("texts"), *rows)
     slow = Slow(*rows)
     assert found.ratings_response.tolist() == slow.numbers(ratings)
@@ -455,7 +455,7 @@ def test_a_stream_of_rows_is_read_once_and_in_order(tmp_path):
     indexer = RowIndexer(tmp_path, OBJECTIVES, test_fraction=0.5)
     indexer.add_ratings(stream(rows))
     assert seen == [row.id for row in rows]
-    spool, found = indexer.finish()
+    _, found = indexer.finish()
     assert seen == [row.id for row in rows]
     assert all(a <= b for a, b in pairwise(found.ratings_response.tolist()))
 

@@ -531,6 +531,16 @@ def test_windows_hold_each_token_of_a_prompt_once(encoder, prompt, limit):
     assert (plan.truncated, plan.missing) == (set(), set())
 
 
+def test_a_text_that_just_fits_is_one_window(encoder):
+    ids = encoder.tokenizer(LONG[0].content, add_special_tokens=False)["input_ids"]
+    groups = PromptGroup(LONG, []), PromptGroup((Message("user", ""),), [LONG[0].content])
+    for group, target, special in ((groups[0], 0, 2), (groups[1], 1, 3)):
+        for spare, windows in ((0, 1), (-1, 2)):
+            limits = {"max_tokens": len(ids) + special + spare, "max_prompt_tokens": 12}
+            _, found = windows_of(encoder, group, **limits)
+            assert len(found[target]) == windows
+
+
 def test_a_prompt_in_windows_is_whole_but_beside_a_response_it_is_cut(encoder):
     tokenizer = encoder.tokenizer
     plan, found = windows_of(encoder, PromptGroup(LONG, ["No.", "Yes."]))
