@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from armo.data.conversation import Message, PreferencePair, Prompt
 from armo.data.sources import data_files, stream_pairs
-from armo.embed.backbone import Backbone, find_weights, load_backbone
+from armo.embed.backbone import Backbone, GroupEmbeddings, find_weights, load_backbone
 from armo.embed.boundary import PromptGroup
 from armo.embed.plan import TokenSequence
 from armo.embed.spec import BackboneSpec
@@ -63,7 +63,7 @@ class Work:
 
 
 FULL = Work(turns=5, minilm_prompts=120, llama_prompts=24, best_of_turns=5)
-QUICK = Work(turns=3, minilm_prompts=16, llama_prompts=5, best_of_turns=1, matmul_s=0.1)
+QUICK = Work(turns=2, minilm_prompts=8, llama_prompts=3, best_of_turns=1, pairs=500, matmul_s=0.1)
 # For the test: everything runs, nothing is measured.
 TINY = Work(1, 3, 3, 1, pairs=18, llama_layers=2, llama_width=64, vocabulary=600, matmul_s=0.01)
 
@@ -230,9 +230,8 @@ def causal_loop(model: Any, tokenizer: Any, conversations: Sequence[tuple[Prompt
     return out
 
 
-def check_same(backbone: Backbone, part: Slice, looped: Looped) -> None:
+def check_same(ours: GroupEmbeddings, part: Slice, looped: Looped) -> None:
     """Stop where the pass and the loop do not give the same embeddings."""
-    ours = backbone.embed(part.groups)
     for table, numbers, rows in zip(
         (ours.prompts, ours.responses),
         part.place(),
@@ -418,12 +417,13 @@ def minilm_figures(rows: Sequence[PreferencePair], work: Work) -> list[Figure]:
     tokenizer, config = backbone.tokenizer, plain.config
     wide, feed = config.hidden_size, config.intermediate_size
     shapes = [(wide, wide)] * 4 + [(wide, feed), (feed, wide)]
+    warm = Slice.of(rows[:2])
+    backbone.embed(warm.groups)
+    encoder_loop(plain, tokenizer, spec, warm.conversations)
     turns: list[dict[str, float]] = []
     for turn, part in enumerate(slices(rows, prompts=work.minilm_prompts, turns=work.turns)):
         plan = backbone.planner.plan(part.groups, causal=False, share=False)
         loop = partial(encoder_loop, plain, tokenizer, spec, part.conversations)
-        if turn == 0:
-            check_same(backbone, part, loop())
         before = matmul_rates(shapes, rows=backbone.runner.batch_tokens, seconds=work.matmul_s)
         spent, results = turn_times(
             turn,
@@ -433,6 +433,7 @@ def minilm_figures(rows: Sequence[PreferencePair], work: Work) -> list[Figure]:
                 "once": partial(sequences_alone, plain, spec, plan.sequences),
             },
         )
+        check_same(results["ours"], part, results["loop"])
         after = matmul_rates(shapes, rows=backbone.runner.batch_tokens, seconds=work.matmul_s)
         rates = [statistics.mean(pair) for pair in zip(before, after, strict=True)]
         useful = sum(results["loop"].tokens)
@@ -517,21 +518,20 @@ def sentence_transformers_figure(rows: Sequence[PreferencePair], work: Work) -> 
     folder = find_weights(spec.id, revision=spec.revision)
     other = SentenceTransformer(str(folder), device="cpu")
     other.max_seq_length = spec.max_tokens
+    other.encode(["warm"])
     turns: list[dict[str, float]] = []
     for turn, part in enumerate(slices(rows, prompts=work.minilm_prompts, turns=work.turns)):
         # Cut beforehand, so that both see the same: one would cut at the end, one in the middle.
         whole = [text for group in part.groups for text in group.responses]
         texts = list(dict.fromkeys(cut_texts(backbone.tokenizer, whole, spec.max_prompt_tokens)))
         groups = [PromptGroup((Message("user", text),), ()) for text in texts]
-        if turn == 0:
-            ours = backbone.embed(groups).prompts.values
-            check_close(
-                torch.nn.functional.normalize(ours, dim=1),
-                torch.nn.functional.normalize(torch.from_numpy(other.encode(texts)), dim=1),
-            )
         encode = partial(other.encode, texts, show_progress_bar=False)
         runs = {f"{size}": partial(encode, batch_size=size) for size in (32, 64, 128)}
-        spent, _ = turn_times(turn, {"ours": partial(backbone.embed, groups), **runs})
+        spent, results = turn_times(turn, {"ours": partial(backbone.embed, groups), **runs})
+        check_close(
+            torch.nn.functional.normalize(results["ours"].prompts.values, dim=1),
+            torch.nn.functional.normalize(torch.from_numpy(results["32"]), dim=1),
+        )
         plan = backbone.planner.plan(groups, causal=False, share=False)
         best = min(spent[size] for size in ("32", "64", "128"))
         turns.append(
@@ -630,12 +630,13 @@ def llama_figures(
     model = llama(tokenizer, layers=work.llama_layers, width=work.llama_width)
     backbone = Backbone(LLAMA_SPEC, model=model, tokenizer=tokenizer)
     fit = fitting(rows, tokenizer)
+    warm = Slice.of(fit[:1])
+    backbone.embed(warm.groups)
+    causal_loop(plain, tokenizer, warm.conversations)
     turns: list[dict[str, float]] = []
     for turn, part in enumerate(slices(fit, prompts=work.llama_prompts, turns=work.turns)):
         distinct = [(group.prompt, text) for group in part.groups for text in group.responses]
         loop = partial(causal_loop, plain, tokenizer, part.conversations)
-        if turn == 0:
-            check_same(backbone, part, loop())
         spent, results = turn_times(
             turn,
             {
@@ -645,6 +646,7 @@ def llama_figures(
                 "once": partial(causal_loop, plain, tokenizer, distinct),
             },
         )
+        check_same(results["ours"], part, results["loop"])
         useful = sum(results["loop"].tokens)
         plan = backbone.planner.plan(part.groups, causal=True, share=backbone.runner.shares)
         turns.append(
@@ -686,7 +688,7 @@ def best_of_figures(tokenizer: FastTokenizer, work: Work) -> list[Figure]:
     backbone = Backbone(LLAMA_SPEC, model=model, tokenizer=tokenizer)
     words = [
         word
-        for word in (tokenizer.decode([number]) for number in range(len(tokenizer)))
+        for word in (str(tokenizer.decode([number])) for number in range(len(tokenizer)))
         if word.startswith(" ") and word[1:].isalpha() and word.isascii()
     ]
 
@@ -712,10 +714,9 @@ def best_of_figures(tokenizer: FastTokenizer, work: Work) -> list[Figure]:
     )
     group = PromptGroup(prompt, responses)
     part = Slice([(prompt, response) for response in responses], [group])
-    check_same(backbone, part, causal_loop(plain, tokenizer, part.conversations))
     turns: list[dict[str, float]] = []
     for turn in range(work.best_of_turns):
-        spent, _ = turn_times(
+        spent, results = turn_times(
             turn,
             {
                 "ours": partial(backbone.embed, [group]),
@@ -723,6 +724,7 @@ def best_of_figures(tokenizer: FastTokenizer, work: Work) -> list[Figure]:
                 "loop": partial(causal_loop, plain, tokenizer, part.conversations),
             },
         )
+        check_same(results["ours"], part, results["loop"])
         turns.append(
             {
                 "ratio": spent["apart"] / spent["ours"],
