@@ -45,19 +45,32 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
-        # Before the rename, lest a crash leave the name without the bytes. Over a network, this is
-        # also when a full disk says so.
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with naming(path, temporary):
+            yield temporary
+            # Before the rename, lest a crash leave the name without the bytes. Over a network,
+            # this is also when a full disk says so.
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Make the errors of writing to a file name it, which a full disk's do not by themselves.
+
+    Args:
+        path: The file.
+        temporary: The name under which it is being written.
+    """
+    try:
+        yield
     except OSError as error:
-        elsewhere = str(error.filename or temporary) != str(temporary)
+        elsewhere = error.filename is not None and str(error.filename) != str(temporary)
         if elsewhere or error.errno is None or isinstance(error, ConnectionError):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def delete_temporaries(folder: Path) -> None:

@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 # Padded tokens per batch: on a CPU enough to keep its caches warm and its cores busy; on a GPU
 # what fits, which is found by trying.
-CPU_BATCH_TOKENS = 4096
+CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 65536
 
 # Packages on the registry that carry a hub model's files, by hub id: a source without a hub.

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-# A batch that is a quarter full already keeps the hardware busy: from there on it rather stays
-# smaller than pads its rows by more than a twentieth.
-ENOUGH = 0.25
+# Once a batch keeps the hardware busy, it rather stays small than pads its rows by more than this.
 PADDING = 0.05
 
 
 def token_batches(
-    lengths: Sequence[int], *, max_tokens: int, max_rows: int | None = None
+    lengths: Sequence[int], *, max_tokens: int, enough: int, max_rows: int | None = None
 ) -> Iterator[list[int]]:
     """Yield batches of row numbers, longest rows first, each row exactly once.
 
@@ -19,10 +17,11 @@ def token_batches(
     Args:
         lengths: Tokens of each row.
         max_tokens: Padded tokens per batch; a row that is longer makes a batch of its own.
+        enough: Padded tokens that keep the hardware busy; a quarter of `max_tokens` does, too.
         max_rows: Rows per batch at most.
 
     Example:
-        >>> list(token_batches([1, 5, 2, 5], max_tokens=10))
+        >>> list(token_batches([1, 5, 2, 5], max_tokens=10, enough=10))
         [[1, 3], [2, 0]]
     """
     if max_tokens < 1 or (max_rows is not None and max_rows < 1):
@@ -34,7 +33,7 @@ def token_batches(
         longest = lengths[batch[0]] if batch else lengths[row]
         padded = longest * (len(batch) + 1)
         full = padded > max_tokens or len(batch) == max_rows
-        loose = longest * len(batch) >= ENOUGH * max_tokens and (
+        loose = longest * len(batch) >= min(enough, max_tokens // 4) and (
             padded - used - lengths[row] > PADDING * padded
         )
         if batch and (full or loose):

@@ -50,6 +50,8 @@ class PromptGroup:
     responses: Sequence[str]
 
     def __post_init__(self) -> None:
+        if isinstance(self.responses, str):
+            raise TypeError("`responses` is a list of texts; for a single one, pass `[text]`")
         object.__setattr__(self, "responses", tuple(self.responses))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from armo.embed.batching import token_batches
+from armo.embed.linear import PackedProducts
 from armo.embed.plan import Plan, SharedPrefix, Span, TokenSequence
 from armo.embed.spec import BackboneError
 
@@ -18,6 +19,11 @@ logger = logging.getLogger(__name__)
 
 # The keys and values of a token that was run before take less room than running one.
 CACHED_PER_RUN = 4
+
+# Tokens in a batch from which on more of them are hardly run any faster per token: from there on
+# a batch rather stays small than pads its rows.
+CPU_ENOUGH = 256
+GPU_ENOUGH = 8192
 
 # How far two ways to the same hidden state may part before one counts as wrong.
 SAME = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-2}
@@ -28,6 +34,7 @@ class Runner:
 
     Attributes:
         batch_tokens: The budget; halved, for good, whenever memory runs out.
+        dim: Width of an embedding.
         causal: Whether no token's hidden state depends on a later token: tried out, not assumed.
         shares: Whether reading on from cached keys and values gives the same as reading at once.
     """
@@ -39,8 +46,12 @@ class Runner:
         self.model = model.eval().requires_grad_(False)
         self.model.config.use_cache = False  # nothing is generated: a cache is only memory
         self.layers = tuple(layers)
+        self.products = PackedProducts()
         self.batch_tokens = batch_tokens
+        self.enough = CPU_ENOUGH if model.device.type == "cpu" else GPU_ENOUGH
         self.causal = self.shares = False
+        # The width of a token's states, which not every configuration says.
+        self.dim = self._width()
         if decoder:
             self.causal, self.shares = self._try_out()
 
@@ -105,7 +116,10 @@ class Runner:
         left = list(range(len(jobs)))
         while left:
             batches = token_batches(
-                [lengths[job] for job in left], max_tokens=self.batch_tokens, max_rows=max_rows
+                [lengths[job] for job in left],
+                max_tokens=self.batch_tokens,
+                enough=self.enough,
+                max_rows=max_rows,
             )
             done: set[int] = set()
             for batch in batches:
@@ -187,6 +201,7 @@ class Runner:
         for batch in token_batches(
             [len(tail.ids) for _, tail in tails],
             max_tokens=self.batch_tokens,
+            enough=self.enough,
             max_rows=rows if max_rows is None else min(rows, max_rows),
         ):
             of = torch.tensor([tails[k][0] for k in batch])
@@ -202,17 +217,18 @@ class Runner:
             yield SpanSums(states, [tails[k][1].spans for k in batch], int(after_mask.sum()))
 
     def _states(self, **inputs: Any) -> Float[Tensor, "batch tokens dim"]:
-        if self.layers == (-1,):
-            # Asked for all hidden states, a model keeps them all: gigabytes for a large one.
-            last: Tensor = self.model(**inputs).last_hidden_state
-            return last
-        outputs = self.model(**inputs, output_hidden_states=True)
+        with self.products:
+            if self.layers == (-1,):
+                # Asked for all hidden states, a model keeps them all: gigabytes for a large one.
+                last: Tensor = self.model(**inputs).last_hidden_state
+                return last
+            outputs = self.model(**inputs, output_hidden_states=True)
         return torch.cat([outputs.hidden_states[layer] for layer in self.layers], dim=-1)
 
-    @property
-    def dim(self) -> int:
-        """Width of an embedding."""
-        return int(self.model.config.get_text_config().hidden_size) * len(self.layers)
+    @torch.inference_mode()
+    def _width(self) -> int:
+        one = torch.ones(1, 1, dtype=torch.long, device=self.model.device)
+        return self._states(input_ids=one, attention_mask=one).shape[-1]
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.model.device, non_blocking=True)
@@ -289,11 +305,13 @@ class SpanSums:
         self.tokens = tokens
         flat = [(row, span) for row, of_row in enumerate(spans) for span in of_row]
         device = states.device
-        self.targets = torch.tensor([span.target for _, span in flat], device=device)
-        edges = torch.tensor([(span.start, span.end) for _, span in flat], device=device)
+        self.targets = torch.tensor([s.target for _, s in flat], dtype=torch.long, device=device)
+        edges = torch.tensor(
+            [(s.start, s.end) for _, s in flat], dtype=torch.long, device=device
+        ).reshape(-1, 2)
         self.counts = edges[:, 1] - edges[:, 0]
         if all(span.end - span.start == 1 for _, span in flat):
-            rows = torch.tensor([row for row, _ in flat], device=device)
+            rows = torch.tensor([row for row, _ in flat], dtype=torch.long, device=device)
             self.sums = states[rows, edges[:, 0]].float()
             return
         columns = torch.arange(states.shape[1], device=device)

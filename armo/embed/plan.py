@@ -10,9 +10,9 @@ from armo.data.conversation import Prompt
 from armo.embed.boundary import BoundaryError, ConversationTokenizer, PromptGroup, ResponseTokens
 from armo.embed.spec import BackboneError, BackboneSpec
 
-# A prompt is run apart from its responses where that leaves out this share of the tokens: its
-# keys and values have to be copied for each response, which costs about a tenth of running them.
-WORTH_SHARING = 0.1
+# A prompt is run apart from its responses where that leaves out this share of the tokens, to pay
+# for copying its keys and values for each response.
+WORTH_SHARING = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,10 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefix:
-    """A prompt that is run once, and what follows it in each response, read after it.
+    """What responses have in common, run once, and what follows it in each, read after it.
+
+    That is the prompt, or most of it where its last token goes on into the response: then the end
+    of the prompt is one of the tails.
 
     Spans of a tail count from where the tail begins.
     """
@@ -270,31 +273,53 @@ def _add_group(
     share: bool,
 ) -> None:
     """Add the rows of one prompt, sharing what they have in common where it saves work."""
-    # A token across the boundary can end the common part early; such a row runs on its own.
-    after = [row.ids[: len(prompt)] == prompt and len(row.ids) > len(prompt) for row in rows]
-    together = [row for row, fits in zip(rows, after, strict=True) if fits]
-    alone = [row for row, fits in zip(rows, after, strict=True) if not fits]
-    saved = (len(together) - 1) * len(prompt)
-    if share and causal and saved > WORTH_SHARING * sum(len(row.ids) for row in together):
-        tails = [
-            TokenSequence(
-                row.ids[len(prompt) :],
-                tuple(
-                    Span(span.target, span.start - len(prompt), span.end - len(prompt))
-                    for span in row.spans
-                ),
-            )
-            for row in together
-        ]
-        plan.shared.append(SharedPrefix(TokenSequence(prompt, (prompt_span,)), tails))
-        plan.sequences += alone
-    elif causal and together:
-        first = together[0]
-        plan.sequences.append(TokenSequence(first.ids, (prompt_span, *first.spans)))
-        plan.sequences += together[1:] + alone
+    whole = TokenSequence(prompt, (prompt_span,))
+    common = [_common_length(row.ids, prompt) for row in rows]
+    if share and causal:
+        # Nearly always all of the prompt; less where its last token goes on into the response.
+        length, saved = max(
+            ((n, _saved(n, common, len(prompt))) for n in {0, *common}), key=lambda best: best[1]
+        )
+        together = [row for row, n in zip(rows, common, strict=True) if n >= length]
+        if saved > WORTH_SHARING * sum(len(row.ids) for row in together):
+            joined = [whole] if length < len(prompt) else []
+            spans = [span for row in (whole, *together) for span in _within(row, 0, length).spans]
+            tails = [_within(row, length, len(row.ids)) for row in (*joined, *together)]
+            prefix = TokenSequence(prompt[:length], tuple(spans))
+            plan.shared.append(SharedPrefix(prefix, tails))
+            plan.sequences += [row for row, n in zip(rows, common, strict=True) if n < length]
+            return
+    if causal and len(prompt) in common:
+        first = common.index(len(prompt))
+        spans = [prompt_span, *rows[first].spans]
+        plan.sequences.append(TokenSequence(rows[first].ids, tuple(spans)))
+        plan.sequences += rows[:first] + rows[first + 1 :]
     else:
-        plan.sequences.append(TokenSequence(prompt, (prompt_span,)))
-        plan.sequences += rows
+        plan.sequences += [whole, *rows]
+
+
+def _common_length(ids: list[int], prompt: list[int]) -> int:
+    """Return how many first tokens a row has in common with its prompt, before its last one."""
+    limit = min(len(ids) - 1, len(prompt))
+    if ids[:limit] == prompt[:limit]:
+        return limit
+    return next(k for k in range(limit) if ids[k] != prompt[k])
+
+
+def _saved(length: int, common: list[int], prompt: int) -> int:
+    """Return the tokens that are not run when rows share the first `length` ones."""
+    # On their own, the prompt would come with the first row that has all of it, if there is one.
+    return length * sum(n >= length for n in common) - (prompt if prompt in common else 0)
+
+
+def _within(row: TokenSequence, start: int, end: int) -> TokenSequence:
+    """Cut a part out of a row; its spans count from where the part begins."""
+    clipped = [
+        Span(span.target, max(span.start, start) - start, min(span.end, end) - start)
+        for span in row.spans
+        if max(span.start, start) < min(span.end, end)
+    ]
+    return TokenSequence(row.ids[start:end], tuple(clipped))
 
 
 def _windows(ids: list[int], limit: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 import logging
 import random
 import re
+from itertools import takewhile
 
 import pytest
 import torch
@@ -20,10 +21,13 @@ from models import (
     states_alone,
     tokens_in,
 )
+from templates import family
 
+from armo.data.conversation import Message
+from armo.embed.boundary import PromptGroup
 from armo.embed.forward import Pooled, Runner, SpanSums, pad
-from armo.embed.plan import Plan, SharedPrefix, Span, TokenSequence
-from armo.embed.spec import BackboneError
+from armo.embed.plan import Plan, SharedPrefix, Span, TextPlanner, TokenSequence
+from armo.embed.spec import BackboneError, BackboneSpec
 
 SAME = 1e-5
 SEEN = 1e-3
@@ -130,6 +134,136 @@ def test_a_plan_of_many_lengths_gives_the_same_shared_and_apart(kind, pooling):
         assert apart(runner_of(model).run(texts.plan(share=share)), expected) < SAME
     # A text and a neighbour of it are far apart, measured so.
     assert apart(expected, expected.roll(1, dims=0)) > 0.1
+
+
+class Joined(Texts):
+    """Texts whose prompts end within a tail: what is shared stops `back` tokens before."""
+
+    def __init__(self, shape, *, back, pooling="last"):
+        super().__init__(shape, pooling=pooling)
+        self.back = back
+
+    def plan(self, *, share):
+        if not share:
+            return super().plan(share=False)
+        rows = self.rows()
+        plan = Plan(len(self.prompts), len(rows) - len(self.prompts))
+        target = len(self.prompts)
+        for k, (prompt, tails) in enumerate(zip(self.prompts, self.tails, strict=True)):
+            numbers = [k, *range(target, target + len(tails))]
+            target += len(tails)
+            cut = len(prompt) - self.back
+            if cut < 1:
+                for n in numbers:
+                    ids, start = rows[n]
+                    plan.sequences.append(TokenSequence(ids, (Span(n, start, len(ids)),)))
+                continue
+            before, after = [], []
+            for n in numbers:
+                ids, start = rows[n]
+                if start < cut:
+                    before.append(Span(n, start, cut))
+                span = Span(n, max(start - cut, 0), len(ids) - cut)
+                after.append(TokenSequence(ids[cut:], (span,)))
+            plan.shared.append(SharedPrefix(TokenSequence(prompt[:cut], tuple(before)), after))
+        return plan
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@settings(max_examples=12)
+@given(
+    shape=SHAPES,
+    back=st.integers(1, 4),
+    pooling=st.sampled_from(["last", "mean"]),
+    batch_tokens=st.integers(1, 300),
+    max_rows=st.none() | st.integers(1, 5),
+)
+def test_a_prompt_that_ends_in_a_tail_has_the_state_that_it_has_alone(
+    kind, shape, back, pooling, batch_tokens, max_rows
+):
+    model, texts = shared_model(kind), Joined(shape, back=back, pooling=pooling)
+    plan, told = texts.plan(share=True), []
+    runner = runner_of(model, batch_tokens=batch_tokens)
+    values = runner.run(plan, max_rows=max_rows, progress=told.append)
+    assert apart(values, texts.alone(model)) < SAME
+    assert sum(told) == plan.tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [(-1,), (0, 1, -1)])
+def test_what_is_shared_may_have_nothing_to_pool(dtype, layers):
+    model, texts = build("llama").to(dtype), Joined(MIXED, back=1)
+    plan = texts.plan(share=True)
+    assert len(plan.shared) == len(MIXED)
+    assert all(group.prefix.spans == () for group in plan.shared)
+    values = runner_of(model, layers=layers).run(plan)
+    assert values.dtype == dtype
+    within = SAME if dtype == torch.float32 else 0.05
+    assert apart(values, texts.alone(model, layers=layers)) < within
+    # Beside prompts that have something to pool, too.
+    half = Texts(MIXED).plan(share=True)
+    mixed = Plan(plan.prompts, plan.responses, sequences=half.sequences)
+    mixed.shared = [*plan.shared[:2], *half.shared[2:]]
+    assert apart(runner_of(model, layers=layers).run(mixed), values.float()) < within
+
+
+def test_memory_that_runs_out_where_a_prompt_ends_in_a_tail_loses_nothing(caplog):
+    model, texts = build("llama"), Joined(MIXED, back=2, pooling="mean")
+    plan = texts.plan(share=True)
+    runner, values, told = run_within(model, Memory(60), plan)
+    assert apart(values, texts.alone(model)) < SAME
+    assert sum(told) == plan.tokens
+    assert runner.batch_tokens < 256
+
+
+ASKED = (Message("user", "How do I boil an egg? Say it in seven words."),)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2-windows", "gpt2"])
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize(
+    "responses",
+    [
+        ("\n\nPut it in hot water.",),
+        ("\n\nPut it in hot water.", "Wait.", "\n\n\n1", "Cool it."),
+        ("\n\nPut it in.", "\n\nWait."),
+    ],
+)
+def test_responses_that_begin_within_the_last_token_of_a_prompt_share_the_rest(
+    name, kind, pooling, responses
+):
+    like, model = family(name), build(kind)
+    texts = [like.head(ASKED, "generation_prompt")]
+    texts += [like.conversation(ASKED, response) for response in responses]
+    prompt, *rows = [like.encode(text) for text in texts]
+    if name == "qwen2.5":
+        assert any(row[: len(prompt)] != prompt for row in rows)
+    limits = {"max_tokens": 400, "max_prompt_tokens": 300}
+    planner = TextPlanner(BackboneSpec("tiny", pooling=pooling, **limits), like.tokenizer)
+    runner, group = runner_of(model), PromptGroup(ASKED, responses)
+    values, tokens = [], []
+    for share in (True, False):
+        plan = planner.plan([group], causal=True, share=share)
+        assert len(plan.shared) == (share and tokens_saved(prompt, rows))
+        values.append(runner.run(plan))
+        tokens.append(plan.tokens)
+    expected = []
+    for k, ids in enumerate([prompt, *rows]):
+        start = len(ids) - 1
+        if pooling == "mean":
+            pairs = zip(ids, prompt, strict=False)
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            start = shared if k else 0
+        expected.append(states_alone(model, ids)[start:].mean(dim=0))
+    for each in values:
+        assert apart(each, torch.stack(expected)) < SAME
+    assert tokens[0] < tokens[1] or not tokens_saved(prompt, rows)
+
+
+def tokens_saved(prompt, rows):
+    """Whether rows leave tokens to share: several do, and one that does not hold its prompt."""
+    return len(rows) > 1 or rows[0][: len(prompt)] != prompt
 
 
 @given(shape=SHAPES, batch_tokens=st.integers(1, 300), max_rows=st.none() | st.integers(1, 5))
@@ -293,7 +427,8 @@ def test_an_encoder_is_not_tried_out():
     with counted(model) as shapes:
         runner = runner_of(model, decoder=False)
     assert (runner.causal, runner.shares) == (False, False)
-    assert shapes == []
+    # One token shows how wide its states are.
+    assert tokens_in(shapes) <= 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "bert"])
@@ -634,8 +769,6 @@ def test_pooling_is_the_mean_of_the_states_in_the_spans(drawn, single, seed):
     columns, targets, spans = drawn
     if single:
         spans = [[(start, start + 1, target) for start, _, target in row] for row in spans]
-    if not any(spans):
-        return
     states = torch.randn(
         len(spans), columns, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
     )
@@ -645,8 +778,9 @@ def test_pooling_is_the_mean_of_the_states_in_the_spans(drawn, single, seed):
         flat = [
             tuple(Span(t, start, end) for start, end, t in row) for row in spans[part : part + 2]
         ]
-        if any(flat):
-            pooled.add(SpanSums(states[part : part + 2], flat, 1))
+        sums = SpanSums(states[part : part + 2], flat, 1)
+        assert sums.sums.shape == (sum(map(len, flat)), 3)
+        pooled.add(sums)
     for row, of_row in enumerate(spans):
         for start, end, target in of_row:
             chosen[target] += [states[row, column] for column in range(start, end)]
@@ -657,6 +791,21 @@ def test_pooling_is_the_mean_of_the_states_in_the_spans(drawn, single, seed):
     torch.testing.assert_close(
         pooled.means(3), torch.stack(expected), equal_nan=True, atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_of_which_nothing_is_pooled_add_nothing(dtype):
+    pooled = Pooled(2, device=torch.device("cpu"))
+    states = torch.full((2, 5, 3), torch.nan, dtype=dtype)
+    part = SpanSums(states, [(), ()], 10)
+    assert (part.tokens, part.sums.shape, part.sums.dtype) == (10, (0, 3), torch.float32)
+    assert part.targets.dtype == torch.long
+    for _ in range(2):
+        pooled.add(part)
+    pooled.add(SpanSums(torch.ones(1, 5, 3), [(Span(1, 2, 4),)], 5))
+    means = pooled.means(3)
+    assert means[0].isnan().all()
+    assert means[1].tolist() == [1.0, 1.0, 1.0]
 
 
 LAYOUTS = {

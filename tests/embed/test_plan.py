@@ -2,13 +2,22 @@ import copy
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import family
 
 from armo.data.conversation import Message
 from armo.embed.boundary import PromptGroup
-from armo.embed.plan import WORTH_SHARING, TextPlanner
+from armo.embed.plan import (
+    WORTH_SHARING,
+    Plan,
+    Span,
+    TextPlanner,
+    TokenSequence,
+    _add_group,
+    _common_length,
+    _within,
+)
 from armo.embed.spec import BackboneError, BackboneSpec
 
 EGG = (Message("user", "How do I boil an egg?"),)
@@ -273,7 +282,7 @@ def test_sharing_never_runs_more_tokens(causal_tokenizer, drafts):
 
 
 @given(drafts=drafts())
-def test_a_prompt_is_shared_where_that_saves_a_tenth(causal_tokenizer, drafts):
+def test_a_prompt_is_shared_where_that_saves_a_fiftieth(causal_tokenizer, drafts):
     planner = chat_planner(causal_tokenizer)
     expected = []
     groups = groups_of(drafts)
@@ -286,12 +295,21 @@ def test_a_prompt_is_shared_where_that_saves_a_tenth(causal_tokenizer, drafts):
 
 
 def test_short_prompts_of_long_responses_are_not_worth_it(causal_tokenizer):
-    planner = chat_planner(causal_tokenizer, max_tokens=500)
-    groups = [PromptGroup((Message("user", "1"),), [ENDLESS[:900], ENDLESS[:800]])]
-    plan = planner.plan(groups, **CAUSAL)
-    assert plan.shared == []
-    assert len(plan.sequences) == 2
-    assert plan.tokens == apart_and_together(planner, groups)[0]
+    alone, once, shared = [], [], []
+    for copies in (300, 900):
+        ends = ["water " * copies, "water " * (copies - 9)]
+        group = PromptGroup((Message("user", "1"),), ends)
+        planner = chat_planner(causal_tokenizer, max_tokens=3000)
+        plan = planner.plan([group], **CAUSAL)
+        counts = apart_and_together(planner, [group])
+        alone.append(counts[0])
+        once.append(counts[1])
+        shared.append(len(plan.shared))
+        assert len(plan.sequences) == 2 * (not plan.shared)
+        assert plan.tokens == (counts[1] if plan.shared else counts[0])
+    assert shared == [1, 0]
+    savings = [1 - n / m for n, m in zip(once, alone, strict=True)]
+    assert savings[1] < WORTH_SHARING < savings[0]
 
 
 def test_a_prompt_with_one_response_is_run_with_it(causal_tokenizer):
@@ -317,29 +335,247 @@ def test_no_groups_make_an_empty_plan(request, kind):
     assert (plan.targets, plan.tokens) == (0, 0)
 
 
-def test_a_response_whose_first_token_reaches_into_the_prompt_is_run_on_its_own():
-    tokenizer = family("qwen2.5").tokenizer
-    planner = chat_planner(tokenizer, max_tokens=400, max_prompt_tokens=300)
-    responses = ["\n\nCool it.", "Put it in.", "Wait."]
+# In these, a line break at the end of the prompt goes on into a response that begins with one.
+JOINED = pytest.mark.parametrize("name", ["qwen2.5", "gemma2"])
+BREAK = "\n\nCool it."
+
+
+def joined(name, responses, **changes):
+    """Plan a group; return its one shared prefix and what else is run, and the slow way's rows."""
+    like = family(name)
+    planner = chat_planner(like.tokenizer, max_tokens=400, max_prompt_tokens=300, **changes)
     plan = planner.plan([PromptGroup(EGG, responses)], **CAUSAL)
-    (group,), (alone,) = plan.shared, plan.sequences
-    prompt = group.prefix.ids
-    assert prompt == chat_ids(tokenizer, EGG, add_generation_prompt=True)
-    assert len(group.tails) == 2
-    full = chat_ids(tokenizer, (*EGG, Message("assistant", responses[0])))
-    assert full[: len(prompt)] != prompt
-    assert alone.ids == full
-    assert reads(plan, causal=True)[1] == [(full, len(full) - 1, len(full))]
+    prompt = like.encode(like.head(EGG, planner.spec.prompt_position))
+    rows = [like.encode(like.conversation(EGG, response)) for response in responses]
+    return plan, prompt, rows
 
 
-def test_where_all_responses_reach_into_the_prompt_it_is_run_apart():
-    tokenizer = family("qwen2.5").tokenizer
-    planner = chat_planner(tokenizer, max_tokens=400, max_prompt_tokens=300)
-    plan = planner.plan([PromptGroup(EGG, ["\n\nCool it.", "\n\nWait."])], **CAUSAL)
-    prompt = chat_ids(tokenizer, EGG, add_generation_prompt=True)
-    assert plan.shared == []
-    assert [len(sequence.spans) for sequence in plan.sequences] == [1, 1, 1]
+def test_a_response_whose_first_token_reaches_into_the_prompt_shares_what_is_before():
+    plan, prompt, rows = joined("qwen2.5", [BREAK, "Put it in.", "Wait."])
+    (group,) = plan.shared
+    assert plan.sequences == []
+    assert rows[0][: len(prompt)] != prompt
+    assert rows[1][: len(prompt)] == rows[2][: len(prompt)] == prompt
+    assert group.prefix == TokenSequence(prompt[:-1], ())
+    assert [tail.ids for tail in group.tails] == [
+        prompt[-1:],
+        *(row[len(prompt) - 1 :] for row in rows),
+    ]
+    assert plan.tokens == len(prompt) + sum(len(row) - len(prompt) + 1 for row in rows)
+    found = reads(plan, causal=True)
+    assert found == {k: [(ids, len(ids) - 1, len(ids))] for k, ids in enumerate([prompt, *rows])}
+
+
+def test_where_all_responses_reach_into_the_prompt_its_end_is_one_more_tail():
+    plan, prompt, rows = joined("qwen2.5", [BREAK, "\n\nWait."])
+    (group,) = plan.shared
+    assert plan.sequences == []
+    assert [len(tail.ids) for tail in group.tails] == [1, *(len(r) - len(prompt) + 1 for r in rows)]
     assert reads(plan, causal=True)[0] == [(prompt, len(prompt) - 1, len(prompt))]
+
+
+def test_a_single_response_that_reaches_into_the_prompt_shares_what_is_before():
+    plan, prompt, (row,) = joined("qwen2.5", [BREAK])
+    (group,) = plan.shared
+    assert plan.sequences == []
+    assert group.prefix.ids == prompt[:-1] == row[: len(prompt) - 1]
+    # Nearly half of what the two take on their own.
+    assert plan.tokens == len(row) + 1
+    assert reads(plan, causal=True)[1] == [(row, len(row) - 1, len(row))]
+
+
+def test_one_that_reaches_into_a_prompt_of_many_responses_costs_each_of_them_a_token():
+    others = [f"Say {k}." for k in range(9)]
+    plan, prompt, rows = joined("qwen2.5", [*others, BREAK])
+    assert [len(group.tails) for group in plan.shared] == [11]
+    assert plan.sequences == []
+    # From as many as the prompt has tokens, that one is run on its own.
+    others = [f"Say {k}." for k in range(2 * len(prompt))]
+    plan, prompt, rows = joined("qwen2.5", [*others, BREAK])
+    assert [len(group.tails) for group in plan.shared] == [len(others)]
+    assert [sequence.ids for sequence in plan.sequences] == [rows[-1]]
+
+
+@JOINED
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("position", ["turn_end", "generation_prompt"])
+@given(
+    responses=st.lists(
+        st.sampled_from([BREAK, "\n\n", "\n", "\n- one", " Wait.", "Wait.", "1", ""]), max_size=5
+    )
+)
+def test_what_reaches_into_a_prompt_is_read_as_if_it_came_alone(name, pooling, position, responses):
+    plan, prompt, rows = joined(name, responses, pooling=pooling, prompt_position=position)
+    found = pooled(plan)
+    tokens = slow_pooled(prompt, 0 if pooling == "mean" else len(prompt) - 1)
+    assert found.pop(0) == tokens
+    for target, row in enumerate(rows, start=1):
+        # A response's mean begins where it parts from its prompt.
+        shared = next(
+            (k for k, (a, b) in enumerate(zip(row, prompt, strict=False)) if a != b),
+            min(len(row), len(prompt)),
+        )
+        assert found.pop(target) == slow_pooled(row, shared if pooling == "mean" else len(row) - 1)
+    assert found == {}
+
+
+# The plan of one group, from tokens alone.
+
+
+def slow_pooled(ids, start, end=None):
+    """Each token that is pooled: where it stands, and all that it is read after, itself last."""
+    return [(k, tuple(ids[: k + 1])) for k in range(start, len(ids) if end is None else end)]
+
+
+def pooled(plan):
+    """The same for each target of a plan that a causal model runs."""
+    found = {}
+
+    def note(before, sequence):
+        assert sequence.ids
+        for span in sequence.spans:
+            assert 0 <= span.start < span.end <= len(sequence.ids)
+            first, last = (edge + len(before) for edge in (span.start, span.end))
+            found.setdefault(span.target, [])
+            found[span.target] += slow_pooled(before + sequence.ids, first, last)
+
+    for sequence in plan.sequences:
+        note([], sequence)
+    for group in plan.shared:
+        assert group.tails
+        note([], group.prefix)
+        for tail in group.tails:
+            note(group.prefix.ids, tail)
+    return {target: sorted(tokens) for target, tokens in found.items()}
+
+
+@st.composite
+def token_rows(draw):
+    """A prompt and rows that go on from it, leave it early or end within it; each with a span."""
+    prompt = draw(st.lists(st.integers(1, 3), min_size=1, max_size=14))
+    starts = [draw(st.sampled_from([0, len(prompt) - 1]))]
+    rows = []
+    for _ in range(draw(st.integers(0, 6))):
+        if rows and draw(st.integers(0, 4)) == 0:
+            ids = draw(st.sampled_from(rows))
+        else:
+            kept = draw(st.just(len(prompt)) | st.integers(0, len(prompt)))
+            ids = prompt[:kept] + draw(
+                st.lists(st.integers(1, 3), min_size=0 if kept else 1, max_size=8)
+            )
+        rows.append(ids)
+        last, anywhere = st.just(len(ids) - 1), st.integers(0, len(ids) - 1)
+        starts.append(draw(last | anywhere | st.just(min(len(prompt), len(ids) - 1))))
+    return prompt, rows, starts
+
+
+def planned(prompt, rows, starts, **how):
+    plan = Plan(prompts=1, responses=len(rows))
+    spans = [
+        Span(k, start, len(ids))
+        for k, (ids, start) in enumerate(zip([prompt, *rows], starts, strict=True))
+    ]
+    sequences = [TokenSequence(ids, (span,)) for ids, span in zip(rows, spans[1:], strict=True)]
+    _add_group(plan, prompt, spans[0], sequences, **{**CAUSAL, **how})
+    return plan
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("share", [True, False])
+@settings(max_examples=200)
+@given(drawn=token_rows())
+def test_each_token_of_a_group_is_pooled_once_after_all_that_comes_before_it(drawn, causal, share):
+    prompt, rows, starts = drawn
+    plan = planned(*drawn, causal=causal, share=share)
+    expected = {
+        k: slow_pooled(ids, start)
+        for k, (ids, start) in enumerate(zip([prompt, *rows], starts, strict=True))
+    }
+    assert pooled(plan) == expected
+    if not (causal and share):
+        assert plan.shared == []
+    if not causal:
+        assert [sequence.ids for sequence in plan.sequences] == [prompt, *rows]
+
+
+def tokens_at(length, prompt, rows):
+    """Tokens that are run when all rows that can share the first `length` ones of the prompt."""
+    fit = [ids[:length] == prompt[:length] and len(ids) > length for ids in rows]
+    run = [len(ids) - length * fits for ids, fits in zip(rows, fit, strict=True)]
+    return len(prompt) + sum(run), sum(len(i) for i, fits in zip(rows, fit, strict=True) if fits)
+
+
+@settings(max_examples=500)
+@given(drawn=token_rows())
+def test_a_group_shares_the_length_that_leaves_the_fewest_tokens(drawn):
+    prompt, rows, _ = drawn
+    plan, apart = planned(*drawn), planned(*drawn, share=False)
+    assert plan.tokens <= apart.tokens
+    whole = any(ids[: len(prompt)] == prompt and len(ids) > len(prompt) for ids in rows)
+    assert apart.tokens == sum(map(len, rows)) + (0 if whole else len(prompt))
+    choices = [tokens_at(length, prompt, rows) for length in range(len(prompt) + 1)]
+    best = min(tokens for tokens, _ in choices)
+    # Where two lengths are as good, but not of as many rows, either may be taken.
+    worth = {
+        apart.tokens - best > WORTH_SHARING * alone for tokens, alone in choices if tokens == best
+    }
+    assert bool(plan.shared) in worth
+    assert plan.tokens == (best if plan.shared else apart.tokens)
+
+
+@given(drawn=token_rows())
+def test_what_is_common_ends_before_the_end_of_a_row(drawn):
+    prompt, rows, _ = drawn
+    for ids in rows:
+        length = _common_length(ids, prompt)
+        fits = [n for n in range(len(ids)) if n <= len(prompt) and ids[:n] == prompt[:n]]
+        assert length == max(fits)
+
+
+def test_a_group_is_planned_in_the_same_way_whatever_the_order_of_its_rows():
+    prompt, rows = [1, 2, 3, 1, 2, 3], [[1, 2, 3, 1, 2, 3, 4], [1, 2, 3, 1, 2, 4], [1, 5], [6]]
+    starts = [5, 6, 5, 1, 0]
+    plan = planned(prompt, rows, starts)
+    back = planned(prompt, rows[::-1], [5, *starts[:0:-1]])
+    assert plan.tokens == back.tokens
+    assert len(plan.shared) == len(back.shared) == 1
+
+
+def test_a_row_that_ends_within_the_prompt_is_read_from_its_last_token_on():
+    prompt = [1, 2, 3, 4]
+    plan = planned(prompt, [prompt, prompt[:3], [*prompt, 5]], [3, 3, 2, 4])
+    (group,) = plan.shared
+    # Three rows share three tokens at the most: the last token of each is its tail's.
+    assert group.prefix.ids in ([1, 2, 3], [1, 2])
+    assert pooled(plan)[2] == [(2, (1, 2, 3))]
+    assert pooled(plan)[1] == pooled(plan)[0] == [(3, (1, 2, 3, 4))]
+
+
+def test_a_mean_that_begins_before_the_tails_counts_what_is_shared_once_for_each():
+    plan = planned([1, 2, 3, 4], [[1, 2, 3, 9, 9], [1, 2, 3, 8]], [0, 1, 2])
+    (group,) = plan.shared
+    assert group.prefix == TokenSequence([1, 2, 3], (Span(0, 0, 3), Span(1, 1, 3), Span(2, 2, 3)))
+    assert group.tails == [
+        TokenSequence([4], (Span(0, 0, 1),)),
+        TokenSequence([9, 9], (Span(1, 0, 2),)),
+        TokenSequence([8], (Span(2, 0, 1),)),
+    ]
+
+
+def test_a_part_of_a_row_has_the_parts_of_its_spans_that_lie_within():
+    spans = tuple(Span(k, *edges) for k, edges in enumerate([(0, 6), (0, 2), (1, 3), (3, 6)]))
+    row = TokenSequence([1, 2, 3, 4, 5, 6], spans)
+    assert _within(row, 2, 4) == TokenSequence(
+        [3, 4], (Span(0, 0, 2), Span(2, 0, 1), Span(3, 1, 2))
+    )
+    assert _within(row, 0, 6) == row
+    assert _within(row, 4, 6).spans == (Span(0, 0, 2), Span(3, 0, 2))
+
+
+def test_a_group_without_rows_is_its_prompt():
+    plan = planned([1, 2], [], [1])
+    assert plan.sequences == [TokenSequence([1, 2], (Span(0, 1, 2),))]
+    assert plan.shared == []
 
 
 # What is too long.
