@@ -136,7 +136,10 @@ def train(cfg: DictConfig) -> None:
             shard_rows=cfg.embed.shard_rows,
         ),
         "heads": lambda: stages.run_heads(
-            run, settings=plain(cfg.fit.heads), fit=_build(cfg.fit.heads)
+            run,
+            settings=plain(cfg.fit.heads),
+            fit=_build(cfg.fit.heads),
+            source_weights=plain(cfg.fit.source_weights),
         ),
         "decorrelation": lambda: stages.run_decorrelation(
             run, settings=plain(cfg.fit.decorrelation), fit=_build(cfg.fit.decorrelation)
@@ -145,6 +148,7 @@ def train(cfg: DictConfig) -> None:
             run,
             settings={"gating": plain(cfg.fit.gating), "trainer": plain(cfg.fit.trainer)},
             fit=_build(cfg.fit.gating, trainer=_build(cfg.fit.trainer)),
+            source_weights=plain(cfg.fit.source_weights),
         ),
         "model": lambda: stages.run_model(run, backbone=_build(backbone)),
         "report": lambda: stages.run_report(run, settings=plain(cfg.report), **plain(cfg.report)),

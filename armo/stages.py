@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from armo.artifacts import (
 from armo.data.conversation import PreferencePair, RatedResponse, ResponseList
 from armo.data.objectives import ObjectiveSet
 from armo.data.sources import Paths, data_files
+from armo.data.surface import SURFACE_FEATURES, SURFACE_VERSION
 from armo.embed.backbone import Backbone, find_weights, weights_digest
 from armo.embed.extract import EmbeddedData, Team, embed_rows, run_team
 from armo.fit.decorrelation import (
@@ -37,6 +38,7 @@ from armo.fit.decorrelation import (
     FittedTransforms,
     load_transforms,
     save_transforms,
+    style_weights,
 )
 from armo.fit.gating import GatingNetwork
 from armo.fit.heads import FittedHeads, HeadSummary
@@ -158,7 +160,7 @@ def run_embed(
         objectives: The declared objectives.
         paths: Data files by kind, to notice when they change.
         stream_ratings: Reads the rated responses, given `objectives`.
-        stream_pairs: Reads the preference pairs.
+        stream_pairs: Reads the preference pairs, given `objectives`.
         stream_lists: Reads response lists for evaluation, if there are any.
         backbone: Loads the backbone, given `device`.
         backbone_id: Its id and revision, to notice when its weights change.
@@ -175,6 +177,7 @@ def run_embed(
     }
     folder, revision = backbone_id
     inputs["backbone"] = weights_digest(find_weights(folder, revision=revision))
+    inputs["covariates"] = digest_json([SURFACE_FEATURES, SURFACE_VERSION])
 
     def work(folder: Path) -> None:
         embed_rows(
@@ -182,7 +185,7 @@ def run_embed(
             load=backbone,
             objectives=objectives,
             ratings=stream_ratings(objectives=objectives),
-            pairs=stream_pairs(),
+            pairs=stream_pairs(objectives=objectives),
             lists=_two_right(stream_lists()) if stream_lists is not None else (),
             test_fraction=test_fraction,
             min_ratings=min_ratings,
@@ -211,7 +214,13 @@ def _two_right(rows: Iterable[ResponseList]) -> Iterator[ResponseList]:
         )
 
 
-def run_heads(run: Run, *, settings: Any, fit: Callable[..., FittedHeads]) -> None:
+def run_heads(
+    run: Run,
+    *,
+    settings: Any,
+    fit: Callable[..., FittedHeads],
+    source_weights: Mapping[str, float],
+) -> None:
     """Fit the objective heads on the training ratings."""
     inputs = {"embed": run.key_of("embed")}
 
@@ -228,11 +237,16 @@ def run_heads(run: Run, *, settings: Any, fit: Callable[..., FittedHeads]) -> No
             objectives=data.objectives.names,
             group_count=int(tables.group_of_prompt.max()) + 1,
             other_groups=tables.group_of_response[tables.pairs_chosen[tables.pairs_train]],
+            sample_weights=row_weights(
+                data, tables.ratings_weight[train], tables.ratings_source[train], source_weights
+            ),
+            seed=run.seed,
         )
         fitted.save(folder)
         print_tables([heads_table(fitted.summaries)], run.console)
 
-    run.do("heads", settings=settings, inputs=inputs, work=work)
+    whole = [settings, run.seed, dict(source_weights)]
+    run.do("heads", settings=whole, inputs=inputs, work=work)
 
 
 def run_decorrelation(run: Run, *, settings: Any, fit: Callable[..., FittedTransforms]) -> None:
@@ -248,6 +262,7 @@ def run_decorrelation(run: Run, *, settings: Any, fit: Callable[..., FittedTrans
         embeddings = data.responses.read(reference)
         shared = {
             "covariates": tables.covariates[reference],
+            "covariate_names": data.covariates,
             "groups": tables.prompt_of_response[reference],
             "bias_indices": data.objectives.bias_indices,
         }
@@ -260,7 +275,11 @@ def run_decorrelation(run: Run, *, settings: Any, fit: Callable[..., FittedTrans
 
 
 def run_gating(
-    run: Run, *, settings: Any, fit: Callable[..., tuple[GatingNetwork, GatingSummary]]
+    run: Run,
+    *,
+    settings: Any,
+    fit: Callable[..., tuple[GatingNetwork, GatingSummary]],
+    source_weights: Mapping[str, float],
 ) -> None:
     """Train the gate on the training pairs, once decorrelated and once not, to compare."""
     inputs = {stage: run.key_of(stage) for stage in ("embed", "heads", "decorrelation")}
@@ -268,11 +287,6 @@ def run_gating(
     def work(folder: Path) -> None:
         data = EmbeddedData.load(run.stage_folder("embed"))
         heads = FittedHeads.load(run.stage_folder("heads"))
-        tables = data.tables
-        train = tables.pairs_train.nonzero()[:, 0]
-        chosen, rejected = tables.pairs_chosen[train], tables.pairs_rejected[train]
-        groups = tables.group_of_response[chosen]
-        prompts = data.prompt_embeddings(chosen)
         summaries = {}
         for name, decorrelated, what in (
             ("gate", True, "the gate"),
@@ -282,22 +296,20 @@ def run_gating(
             transforms = load_transforms(
                 run.stage_folder("decorrelation"), decorrelated=decorrelated
             )
-            differences = out_of_fold_differences(
-                data, heads, transforms, chosen=chosen, rejected=rejected
-            )
-            gate, summaries[name] = fit(
-                prompts,
-                differences,
-                groups,
-                objectives=data.objectives.names,
-                mixed=data.objectives.mixed_indices,
+            gate, summaries[name] = train_gate(
+                data,
+                heads,
+                transforms,
+                fit=fit,
                 folder=folder / f"{name}_training",
                 seed=run.seed,
+                source_weights=source_weights,
             )
             save_gating(folder, name, gate, summaries[name])
         print_tables([gating_table(summaries["gate"])], run.console)
 
-    run.do("gating", settings=[settings, run.seed], inputs=inputs, work=work)
+    whole = [settings, run.seed, dict(source_weights)]
+    run.do("gating", settings=whole, inputs=inputs, work=work)
 
 
 def run_model(run: Run, *, backbone: Callable[[], Backbone]) -> None:
@@ -356,7 +368,7 @@ def run_report(run: Run, *, settings: Any, device: str = "auto") -> None:
             )
         evaluation = evaluate(
             data,
-            heads=heads.heads,
+            heads=heads,
             mix=Mix(load_transforms(decorrelation).transform, gate, summary.beta),
             undecorrelated=Mix(plain, plain_gate, plain_summary.beta),
             constant_weights=torch.tensor(constant, dtype=torch.float64),
@@ -368,6 +380,63 @@ def run_report(run: Run, *, settings: Any, device: str = "auto") -> None:
         run.console.print(f"saved {folder / 'report.html'}")
 
     run.do("report", settings=[settings, run.seed], inputs=inputs, work=work)
+
+
+def row_weights(
+    data: EmbeddedData,
+    weights: Float[Tensor, " rows"],
+    sources: Int[Tensor, " rows"],
+    source_weights: Mapping[str, float],
+) -> Float[Tensor, " rows"]:
+    """Multiply each row's own weight by that of its source, one where nothing is said."""
+    if unknown := sorted(set(source_weights) - set(data.sources)):
+        raise ValueError(
+            f"`source_weights` names {', '.join(unknown)}; the sources are "
+            f"{', '.join(data.sources)}"
+        )
+    if any(not 0.0 <= weight < float("inf") for weight in source_weights.values()):
+        raise ValueError("`source_weights` must be finite and not negative")
+    of_source = torch.tensor(
+        [source_weights.get(name, 1.0) for name in data.sources], dtype=torch.float64
+    )
+    return weights.double() * of_source[sources]
+
+
+def train_gate(
+    data: EmbeddedData,
+    heads: FittedHeads,
+    transforms: FittedTransforms,
+    *,
+    fit: Callable[..., tuple[GatingNetwork, GatingSummary]],
+    folder: Path,
+    seed: int,
+    source_weights: Mapping[str, float] | None = None,
+) -> tuple[GatingNetwork, GatingSummary]:
+    """Train a gate on the training pairs, as the methods of decorrelation ask for."""
+    tables = data.tables
+    train = tables.pairs_train.nonzero()[:, 0]
+    weights = row_weights(
+        data, tables.pairs_weight[train], tables.pairs_source[train], source_weights or {}
+    )
+    train, weights = train[weights > 0.0], weights[weights > 0.0]
+    chosen, rejected = tables.pairs_chosen[train], tables.pairs_rejected[train]
+    features = transforms.features
+    style = data.style(chosen, features) - data.style(rejected, features)
+    nuisance = "nuisance" in transforms.methods
+    if "reweight" in transforms.methods:
+        weights = weights * style_weights(style)
+    return fit(
+        data.prompt_embeddings(chosen),
+        out_of_fold_differences(data, heads, transforms, chosen=chosen, rejected=rejected),
+        tables.group_of_response[chosen],
+        objectives=data.objectives.names,
+        mixed=data.objectives.mixed_indices,
+        nuisance=style if nuisance else None,
+        nuisance_names=features if nuisance else (),
+        weights=weights,
+        folder=folder,
+        seed=seed,
+    )
 
 
 def out_of_fold_differences(
@@ -383,8 +452,11 @@ def out_of_fold_differences(
     differences = torch.empty(len(chosen), len(data.objectives.names), dtype=torch.float64)
     for fold, transform in enumerate(transforms.without_fold):
         here = (folds == fold).nonzero()[:, 0]
-        first = transform.adjusted(data.responses.read(chosen[here]))
-        differences[here] = first - transform.adjusted(data.responses.read(rejected[here]))
+        first, second = (
+            transform.adjusted(data.responses.read(rows), data.style(rows, transform.covariates))
+            for rows in (chosen[here], rejected[here])
+        )
+        differences[here] = first - second
     return differences
 
 
@@ -394,7 +466,9 @@ def text_deviation(model: ArmoRewardModel, data: EmbeddedData) -> float:
     for example in data.examples:
         numbers = torch.tensor(example["numbers"])
         stored = model.score_embeddings(
-            data.responses.read(numbers), data.prompt_embeddings(numbers)
+            data.responses.read(numbers),
+            data.prompt_embeddings(numbers),
+            texts=example["responses"],
         )
         fresh = model.score_responses(example["prompt"], example["responses"])
         largest = max(largest, float((stored.score - fresh.score).abs().max()))
@@ -413,24 +487,33 @@ def heads_table(summaries: Sequence[HeadSummary]) -> Table:
     return Table(
         "heads",
         "Heads",
-        ("objective", "ratings", "penalty", "error variance explained"),
-        tuple((s.objective, s.ratings, f"{s.alpha:g}", s.explained) for s in summaries),
-        "Penalty chosen and variance explained by cross-validation over training prompts.",
+        ("objective", "ratings", "penalty", "error variance explained", "deviation"),
+        tuple((s.objective, s.ratings, f"{s.alpha:g}", s.explained, s.sigma) for s in summaries),
+        "Penalty chosen and variance explained by cross-validation over training prompts; standard "
+        "deviation of a rating about the reward, on [0, 1].",
     )
 
 
 def decorrelation_table(summaries: Sequence[DecorrelationSummary]) -> Table:
     """Show what decorrelation did to the objectives."""
-    rows = [
-        (s.objective, bias, s.penalties[bias], s.before[bias], s.after[bias], s.kept)
-        for s in summaries
-        for bias in s.penalties
-    ]
+    rows: list[tuple[Any, ...]] = []
+    for s in summaries:
+        rows += [
+            (s.objective, bias, s.penalties[bias], s.before[bias], s.after[bias], s.kept)
+            for bias in s.penalties
+        ]
+        measured = [name for name in s.before if name not in s.penalties]
+        if measured:
+            before, after = (
+                max(measured, key=lambda name: abs(side[name])) for side in (s.before, s.after)
+            )
+            what = f"measured style, at most ({before}; {after})"
+            rows.append((s.objective, what, None, s.before[before], s.after[after], s.kept))
     return Table(
         "decorrelation",
         "Decorrelation",
         ("objective", "from", "penalty", "Spearman before", "Spearman after", "spread kept"),
-        tuple(rows) or (("(no bias objectives)", "", None, None, None, None),),
+        tuple(rows) or (("(nothing to decorrelate)", "", None, None, None, None),),
         "Reference responses: those of the training pairs.",
     )
 

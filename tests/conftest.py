@@ -142,8 +142,11 @@ def causal(causal_folder):
     )
 
 
-def make_model(backbone, *, seed=0):
-    """A reward model of random parts: three mixed objectives and two bias objectives."""
+def make_model(backbone, *, seed=0, covariates=()):
+    """A reward model of random parts: three mixed objectives and two bias objectives.
+
+    Its adjusted rewards are also made from `covariates`, if any are named.
+    """
     from armo.data.objectives import Objective, ObjectiveSet
     from armo.fit.decorrelation import RewardTransform
     from armo.fit.gating import GatingNetwork
@@ -169,11 +172,15 @@ def make_model(backbone, *, seed=0):
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.copy_(draw(*parameter.shape))
+    heads = ObjectiveHeads(objectives.names, draw(5, backbone.dim), draw(5))
+    matrix, offset = draw(5, backbone.dim), draw(5)
     return ArmoRewardModel(
         objectives=objectives,
         backbone=backbone,
-        heads=ObjectiveHeads(objectives.names, draw(5, backbone.dim), draw(5)),
-        transform=RewardTransform(objectives.names, draw(5, backbone.dim), draw(5)),
+        heads=heads,
+        transform=RewardTransform(
+            objectives.names, matrix, offset, tuple(covariates), draw(5, len(covariates))
+        ),
         gate=gate,
         beta=2.0,
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +26,7 @@ EMBED = {
     "llama_pairs_vs_one_at_a_time",
     "llama_best_of_16_vs_separate",
 }
+RIDGE = {"ridge_vs_sklearn_loop", "ridge_stream_peak_gb"}
 EMBED_GPU = {"llama8b_tokens_per_s", "llama8b_gemm_share", "llama8b_vs_one_at_a_time"}
 
 
@@ -92,6 +94,23 @@ def test_embed_gpu_runs_a_tiny_shape_on_a_cpu(tmp_path):
     assert set(figures) == EMBED_GPU
     assert "tiny" in printed
     check(figures)
+
+
+def test_ridge_gives_every_figure_and_checks_that_both_ways_choose_alike(tmp_path):
+    printed, figures = run("ridge", tmp_path)
+    assert set(figures) == RIDGE
+    assert "19 of 19" in printed
+    check(figures)
+
+
+def test_other_penalties_or_weights_stop_the_ridge_comparison():
+    ridge = load("ridge")
+    one = ridge.Chosen([1.0, 10.0], np.eye(2))
+    ridge.check_same(one, ridge.Chosen([1.0, 10.0], np.eye(2) + 1e-8))
+    with pytest.raises(SystemExit, match="only 1 of 2 penalties"):
+        ridge.check_same(one, ridge.Chosen([1.0, 1.0], np.eye(2)))
+    with pytest.raises(SystemExit, match="weights part"):
+        ridge.check_same(one, ridge.Chosen([1.0, 10.0], np.eye(2) + 1e-3))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refuses only where there is no GPU")

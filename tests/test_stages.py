@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -19,12 +20,26 @@ from transformers import AutoTokenizer
 
 from armo.artifacts import digest_file, read_json, require_artifact
 from armo.data.conversation import Message, prompt_group
+from armo.data.surface import SURFACE_FEATURES, SURFACE_VERSION, surface_features
 from armo.embed.extract import EmbeddedData, Team, outer_rank
-from armo.fit.decorrelation import load_transforms
+from armo.fit.decorrelation import (
+    METHODS,
+    STYLE_FEATURES,
+    DecorrelationSummary,
+    load_transforms,
+    style_weights,
+)
 from armo.fit.heads import FittedHeads, fit_heads
 from armo.fit.training import load_gating
 from armo.model.reward_model import ArmoRewardModel
-from armo.stages import FOLDERS, STAGES, Run, out_of_fold_differences
+from armo.stages import (
+    FOLDERS,
+    STAGES,
+    Run,
+    decorrelation_table,
+    out_of_fold_differences,
+    train_gate,
+)
 
 # A random backbone may leave an objective with little but style.
 pytestmark = pytest.mark.filterwarnings("default::armo.fit.decorrelation.DecorrelationWarning")
@@ -473,6 +488,13 @@ def test_no_prompt_is_on_both_sides_of_the_split(trained, rows):
     assert not test & train
 
 
+def adjusted_of(data, transforms, rows):
+    """Adjusted rewards of some responses, from what is stored of them."""
+    transform = transforms.transform
+    columns = [data.covariates.index(name) for name in transform.covariates]
+    return transform.adjusted(data.responses.read(rows), data.tables.covariates[rows][:, columns])
+
+
 def test_the_gate_sees_differences_of_heads_that_never_saw_the_prompt(trained):
     data = EmbeddedData.load(trained[0] / "embeddings")
     heads = FittedHeads.load(trained[0] / "heads")
@@ -485,10 +507,13 @@ def test_the_gate_sees_differences_of_heads_that_never_saw_the_prompt(trained):
         fold = int(heads.fold_of_group[tables.group_of_response[first]])
         assert fold >= 0
         h = data.responses.read(torch.stack([first, second])).double()
-        adjusted = h @ transforms.without_fold[fold].matrix.T
+        transform = transforms.without_fold[fold]
+        adjusted = h @ transform.matrix.T
+        columns = [data.covariates.index(name) for name in transform.covariates]
+        adjusted += tables.covariates[torch.stack([first, second])][:, columns] @ transform.style.T
+        assert "log_length" in transform.covariates
         torch.testing.assert_close(differences[row], adjusted[0] - adjusted[1])
-    h, other = data.responses.read(chosen), data.responses.read(rejected)
-    fitted = transforms.transform.adjusted(h) - transforms.transform.adjusted(other)
+    fitted = adjusted_of(data, transforms, chosen) - adjusted_of(data, transforms, rejected)
     assert not torch.allclose(differences, fitted, atol=1e-3)
 
 
@@ -520,7 +545,7 @@ def test_the_saved_model_scores_text_as_the_parts_score_embeddings(trained, rows
     folder, _ = trained
     data = EmbeddedData.load(folder / "embeddings")
     heads = FittedHeads.load(folder / "heads").heads
-    transform = load_transforms(folder / "decorrelation").transform
+    transforms = load_transforms(folder / "decorrelation")
     gate, summary = load_gating(folder / "gating", "gate")
     model = ArmoRewardModel.from_pretrained(folder / "model", device="cpu")
     pairs = rows[2]
@@ -530,7 +555,7 @@ def test_the_saved_model_scores_text_as_the_parts_score_embeddings(trained, rows
     h = data.responses.read(data.tables.pairs_chosen)
     with torch.no_grad():
         weights = gate.double()(data.prompt_embeddings(data.tables.pairs_chosen).double())
-    score = (weights * transform.adjusted(h)).sum(1)
+    score = (weights * adjusted_of(data, transforms, data.tables.pairs_chosen)).sum(1)
     torch.testing.assert_close(out.score, score, atol=1e-5, rtol=0)
     torch.testing.assert_close(out.rewards, heads.rewards(h), atol=1e-5, rtol=0)
     torch.testing.assert_close(out.gating_weights, weights, atol=1e-5, rtol=0)
@@ -538,9 +563,163 @@ def test_the_saved_model_scores_text_as_the_parts_score_embeddings(trained, rows
     assert model.verify() < 1e-5
 
 
+@pytest.fixture(scope="module")
+def methods(trained, arguments, tmp_path_factory):
+    """The folder of the run with each method of decorrelation alone, and with none."""
+    folders = {}
+    for method in (None, *METHODS):
+        folders[method] = tmp_path_factory.mktemp(str(method)) / "run"
+        shutil.copytree(trained[0], folders[method])
+        chosen = "" if method is None else method
+        again = run_again(
+            arguments,
+            folders[method],
+            f"fit.decorrelation.methods=[{chosen}]",
+            "fit.trainer.max_epochs=3",
+        )
+        assert again >= {"decorrelation", "gating", "model"}
+    return folders
+
+
+def score_texts(folder, pairs):
+    """Scores of the exported model for chosen and rejected responses, in turn."""
+    model = ArmoRewardModel.from_pretrained(folder / "model", device="cpu")
+    out = model.score(
+        [
+            [*pair["prompt"], {"role": "assistant", "content": pair[side]}]
+            for pair in pairs
+            for side in ("chosen", "rejected")
+        ]
+    )
+    return out.score
+
+
+def length_followed(score, pairs):
+    """Correlation of score differences with length differences of the pairs, in both orders."""
+    texts = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+    length = surface_features(texts)[:, SURFACE_FEATURES.index("log_length")]
+    a, b = (values[::2] - values[1::2] for values in (score, length))
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+# On 48 pairs that length nearly decides, reweighting has little to work with.
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [
+        ("leace", 0.1),
+        ("penalty", 0.3),
+        ("residual", 0.01),
+        ("nuisance", 0.9),
+        ("reweight", 0.995),
+    ],
+)
+def test_the_exported_model_follows_length_less_with_each_method_than_without(
+    methods, rows, method, most
+):
+    pairs = [pair for pair in rows[2] if pair["split"] == "train"]
+    with_none, with_it = (
+        length_followed(score_texts(methods[which], pairs), pairs) for which in (None, method)
+    )
+    assert with_none > 0.5
+    assert abs(with_it) < most * with_none
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_only_a_residual_needs_the_text_at_scoring(methods, method):
+    config = read_json(methods[method] / "model" / "config.json")
+    needed = list(STYLE_FEATURES) if method == "residual" else []
+    assert config["covariates"] == {"version": SURFACE_VERSION, "names": needed}
+    report = json.loads((methods[method] / "report" / "report.json").read_text())
+    assert report["applied"][0]["value"] < 1e-5
+    assert ArmoRewardModel.from_pretrained(methods[method] / "model", device="cpu").verify() < 1e-5
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_the_summary_of_the_gate_tells_what_judges_gave_to_style_with_nuisance_alone(
+    methods, method
+):
+    _, summary = load_gating(methods[method] / "gating", "gate")
+    _, plain = load_gating(methods[method] / "gating", "undecorrelated")
+    assert list(summary.style) == (list(STYLE_FEATURES) if method == "nuisance" else [])
+    assert plain.style == {}
+    if method == "nuisance":
+        assert summary.style["log_length"] > 0.1  # longer answers are better here
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [(), ("residual",), ("nuisance",), ("reweight",), ("nuisance", "reweight", "leace")],
+)
+def test_the_gate_is_given_style_and_weights_where_they_are_asked_for(trained, tmp_path, asked):
+    data = EmbeddedData.load(trained[0] / "embeddings")
+    heads = FittedHeads.load(trained[0] / "heads")
+    features = ("bold", "log_length")
+    transforms = dataclasses.replace(
+        load_transforms(trained[0] / "decorrelation"), methods=asked, features=features
+    )
+    given, result = [], load_gating(trained[0] / "gating", "gate")
+
+    def fit(prompts, differences, groups, **how):
+        given.append((prompts, differences, groups, how))
+        return result
+
+    made = train_gate(data, heads, transforms, fit=fit, folder=tmp_path, seed=7)
+    assert made is result
+    [(prompts, differences, groups, how)] = given
+    train = data.tables.pairs_train
+    chosen, rejected = data.tables.pairs_chosen[train], data.tables.pairs_rejected[train]
+    columns = [data.covariates.index(name) for name in features]
+    covariates = data.tables.covariates[:, columns]
+    style = covariates[chosen] - covariates[rejected]
+    assert len(prompts) == len(differences) == len(groups) == len(style) == 48
+    if "nuisance" in asked:
+        torch.testing.assert_close(how["nuisance"], style)
+        assert tuple(how["nuisance_names"]) == features
+    else:
+        assert how["nuisance"] is None
+        assert tuple(how["nuisance_names"]) == ()
+    weights = torch.ones(48, dtype=torch.float64)  # no pair has a weight of its own here
+    torch.testing.assert_close(
+        how["weights"], style_weights(style) if "reweight" in asked else weights
+    )
+    assert (how["folder"], how["seed"]) == (tmp_path, 7)
+
+
+def test_features_that_are_not_measured_are_named(arguments, folder):
+    error = error_of(
+        *arguments, f"output_dir={folder}", "fit.decorrelation.features=[log_length,charm]"
+    )
+    assert "`features` knows log_length, " in error
+    assert "not charm" in error
+
+
+def test_the_decorrelation_table_shows_the_worst_measured_style_before_and_after():
+    summary = DecorrelationSummary(
+        "honesty",
+        penalties={"verbosity": 0.5},
+        before={"verbosity": 0.9, "log_length": 0.2, "bold": -0.4},
+        after={"verbosity": 0.01, "log_length": -0.1, "bold": 0.05},
+        kept=0.75,
+    )
+    assert decorrelation_table([summary]).rows == (
+        ("honesty", "verbosity", 0.5, 0.9, 0.01, 0.75),
+        ("honesty", "measured style, at most (bold; log_length)", None, -0.4, -0.1, 0.75),
+    )
+    nothing = DecorrelationSummary("honesty", {}, {}, {}, 1.0)
+    assert decorrelation_table([nothing]).rows[0][0] == "(nothing to decorrelate)"
+
+
 def test_the_report_is_about_the_test_side_alone(trained, rows):
     report = json.loads((trained[0] / "report" / "report.json").read_text())
-    assert [*report] == ["objectives", "rivals", "kinds", "style", "applied"]
+    assert [*report] == [
+        "objectives",
+        "errors",
+        "rivals",
+        "kinds",
+        "quarters",
+        "style",
+        "applied",
+    ]
     assert {row["kind"]: row["pairs"] for row in report["kinds"]} == {"advice": 6, "code": 6}
     assert report["applied"][0]["value"] < 1e-5
     model = ArmoRewardModel.from_pretrained(trained[0] / "model", device="cpu")

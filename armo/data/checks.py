@@ -55,29 +55,44 @@ class GroupSplits:
 
 
 def check_objectives(
-    ratings: Float[Tensor, "ratings objectives"], objectives: ObjectiveSet, *, min_ratings: int
+    ratings: Float[Tensor, "ratings objectives"],
+    objectives: ObjectiveSet,
+    *,
+    min_ratings: int,
+    judgements: Float[Tensor, "pairs objectives"] | None = None,
 ) -> None:
-    """Check that each objective can be learned from the training ratings.
+    """Check that each objective can be learned from the training ratings and judgements.
 
     Args:
         ratings: Ratings of training prompts on [0, 1]; NaN where missing.
         objectives: The columns.
-        min_ratings: Ratings that each objective needs.
+        min_ratings: Ratings and judgements, counted together, that each objective needs.
+        judgements: Judgements of training pairs in [0, 1], where 0.5 is a tie; NaN where missing.
 
     Raises:
-        DataError: If an objective has fewer than `min_ratings` ratings, or all are equal.
+        DataError: If an objective has fewer than `min_ratings` of them, or none that says more
+            than another: ratings that are all equal, judgements that are all ties.
     """
-    for objective, column in zip(objectives.objectives, ratings.T, strict=True):
-        given = column[~column.isnan()]
-        if len(given) < max(1, min_ratings):
+    if judgements is None:
+        judgements = ratings[:0]
+    for k, objective in enumerate(objectives.objectives):
+        given, judged = (table[:, k][~table[:, k].isnan()] for table in (ratings, judgements))
+        if len(given) + len(judged) < max(1, min_ratings):
+            also = f" and {len(judged)} judgements" if len(judged) else ""
             raise DataError(
-                f"objective {objective.name!r} has {len(given)} ratings on training prompts, fewer "
-                f"than `data.min_ratings={min_ratings}`; add data or remove it from "
+                f"objective {objective.name!r} has {len(given)} ratings{also} on training prompts, "
+                f"fewer than `data.min_ratings={min_ratings}`; add data or remove it from "
                 f"`data.objectives`"
             )
-        if bool((given == given[0]).all()):
+        if bool((judged != 0.5).any()) or bool((given != given[:1]).any()):
+            continue
+        if len(given) == 0:
             raise DataError(
-                f"objective {objective.name!r} has the one rating "
-                f"{objective.from_unit(float(given[0])):g} on all training prompts; "
-                f"remove it from `data.objectives`"
+                f"objective {objective.name!r} has nothing but ties as judgements on all training "
+                f"prompts; remove it from `data.objectives`"
             )
+        raise DataError(
+            f"objective {objective.name!r} has the one rating "
+            f"{objective.from_unit(float(given[0])):g} on all training prompts; "
+            f"remove it from `data.objectives`"
+        )

@@ -1,5 +1,6 @@
 """The rows that armo reads: conversations with ratings, preferences, or lists of responses."""
 
+import math
 from dataclasses import dataclass, field
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -35,7 +36,17 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class RatedResponse:
-    """A response with ratings on some objectives, on their sources' own scales."""
+    """A response with ratings on some objectives, on their sources' own scales.
+
+    Attributes:
+        id: Unique among the rows of its kind.
+        source: The data set that it comes from.
+        conversation: The prompt and the response.
+        ratings: By objective; a missing one is left out.
+        category: Kind of prompt, for reports.
+        split: `train`, `test`, or None where the prompt decides.
+        weight: How much the row counts beside the others, from 0 on.
+    """
 
     id: str
     source: str
@@ -43,6 +54,10 @@ class RatedResponse:
     ratings: dict[str, float]
     category: str = ""
     split: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
 
     @property
     def prompt(self) -> Prompt:
@@ -57,7 +72,21 @@ class RatedResponse:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two responses to one prompt, of which `chosen` is preferred."""
+    """Two responses to one prompt, of which `chosen` is preferred.
+
+    Attributes:
+        id: Unique among the rows of its kind.
+        source: The data set that it comes from.
+        prompt: All turns up to the answer.
+        chosen: The preferred response.
+        rejected: The other one.
+        margin: By how much, where that is known.
+        category: Kind of prompt, for reports.
+        split: `train`, `test`, or None where the prompt decides.
+        judgements: By objective, the probability in [0, 1] that `chosen` is better than `rejected`
+            on it; 0.5 is a tie. A missing one is left out.
+        weight: How much the row counts beside the others, from 0 on.
+    """
 
     id: str
     source: str
@@ -67,11 +96,20 @@ class PreferencePair:
     margin: float | None = None
     category: str = ""
     split: str | None = None
+    judgements: dict[str, float] = field(default_factory=dict)
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
         _check_response(self.chosen, "chosen")
         _check_response(self.rejected, "rejected")
+        _check_weight(self.weight)
+        for name, judgement in self.judgements.items():
+            if not 0.0 <= judgement <= 1.0:
+                raise ValueError(
+                    f"judgement of {name!r} is {judgement}; it is the probability in [0, 1] that "
+                    f"`chosen` is better"
+                )
         if self.chosen.strip() == self.rejected.strip():
             raise ValueError("`chosen` and `rejected` are the same text")
 
@@ -127,6 +165,11 @@ def _check_response(response: str, name: str) -> None:
     if not response.strip():
         raise ValueError(f"`{name}` is empty")
     check_text(response, name)
+
+
+def _check_weight(weight: float) -> None:
+    if not 0.0 <= weight < math.inf:
+        raise ValueError(f"`weight` must be a finite number from 0 on, got {weight}")
 
 
 def check_text(text: str, name: str) -> None:

@@ -41,8 +41,8 @@ def load_ratings(path: Paths, *, objectives: ObjectiveSet) -> list[RatedResponse
 def stream_ratings(path: Paths, *, objectives: ObjectiveSet) -> Iterator[RatedResponse]:
     """Read rated responses: `{"id", "source", "messages", "ratings"}`, the answer last.
 
-    Ratings are checked against the declared scales but not rescaled; null means missing. Rows are
-    read as they are asked for.
+    Ratings are checked against the declared scales but not rescaled; null means missing. A row may
+    have a `weight`, 1 by default. Rows are read as they are asked for.
 
     Args:
         path: A file, a folder (all its files in name order), a list of them, or `builtin`.
@@ -60,55 +60,65 @@ def stream_ratings(path: Paths, *, objectives: ObjectiveSet) -> Iterator[RatedRe
         for name, rating in _field(row, "ratings", dict).items():
             if rating is None:
                 continue
-            if name not in objectives.names:
-                raise ValueError(
-                    f"objective {name!r} is not declared; add it to `data.objectives` with its "
-                    f"scale"
-                )
-            if isinstance(rating, bool) or not isinstance(rating, int | float):
-                raise ValueError(f"rating of {name!r} is not a number: {rating!r}")
-            if not -math.inf < rating < math.inf:
+            _check_declared(name, objectives)
+            value = _number(rating, f"rating of {name!r}")
+            if not math.isfinite(value):
                 raise ValueError(f"rating of {name!r} is {rating}; leave a missing rating out")
             objectives.objectives[objectives.index(name)].to_unit(rating)
-            ratings[name] = float(rating)
+            ratings[name] = value
         return RatedResponse(
             **_common(row),
             conversation=Conversation(prompt=messages[:-1], response=messages[-1].content),
             ratings=ratings,
+            weight=_weight(row),
         )
 
     return _rows(path, parse, builtin_file="ratings.jsonl.gz")
 
 
-def load_pairs(path: Paths) -> list[PreferencePair]:
+def load_pairs(path: Paths, *, objectives: ObjectiveSet | None = None) -> list[PreferencePair]:
     """Load all that `stream_pairs` yields."""
-    return list(stream_pairs(path))
+    return list(stream_pairs(path, objectives=objectives))
 
 
-def stream_pairs(path: Paths) -> Iterator[PreferencePair]:
+def stream_pairs(
+    path: Paths, *, objectives: ObjectiveSet | None = None
+) -> Iterator[PreferencePair]:
     """Read preference pairs: `{"id", "source", "prompt", "chosen", "rejected", "margin"}`.
+
+    A row may have `judgements`, by objective the probability that `chosen` is better on it (null
+    means missing), and a `weight`, 1 by default. Rows are read as they are asked for.
 
     Args:
         path: A file, a folder (all its files in name order), a list of them, or `builtin`.
+        objectives: The declared objectives; a row may judge any of them. Without, any objective.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
     """
 
     def parse(row: dict[str, Any]) -> PreferencePair:
-        margin = row.get("margin")
-        if margin is not None and (
-            isinstance(margin, bool)
-            or not isinstance(margin, int | float)
-            or not -math.inf < margin < math.inf
-        ):
+        margin = None if row.get("margin") is None else _number(row["margin"], "`margin`")
+        if margin is not None and not math.isfinite(margin):
             raise ValueError(f"`margin` is not a number: {margin!r}")
+        judgements: dict[str, float] = {}
+        given = row.get("judgements")
+        if given is not None and not isinstance(given, dict):
+            raise ValueError(f"field `judgements` must be a dict, got {given!r:.60}")
+        for name, judgement in (given or {}).items():
+            if judgement is None:
+                continue
+            if objectives is not None:
+                _check_declared(name, objectives)
+            judgements[name] = _number(judgement, f"judgement of {name!r}")
         return PreferencePair(
             **_common(row),
             prompt=_messages(row, "prompt"),
             chosen=_field(row, "chosen", str),
             rejected=_field(row, "rejected", str),
-            margin=None if margin is None else float(margin),
+            margin=margin,
+            judgements=judgements,
+            weight=_weight(row),
         )
 
     return _rows(path, parse, builtin_file="preferences.jsonl.gz")
@@ -299,6 +309,26 @@ def _field(row: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
     if kind is str:
         check_text(row[name], name)
     return row[name]
+
+
+def _check_declared(name: str, objectives: ObjectiveSet) -> None:
+    if name not in objectives.names:
+        raise ValueError(
+            f"objective {name!r} is not declared; add it to `data.objectives` with its scale"
+        )
+
+
+def _weight(row: Mapping[str, Any]) -> float:
+    return 1.0 if row.get("weight") is None else _number(row["weight"], "`weight`")
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is not a number: {value!r:.60}")
+    try:
+        return float(value)
+    except OverflowError:  # JSON has whole numbers of any length
+        raise ValueError(f"{name} is too large") from None
 
 
 def _common(row: Mapping[str, Any]) -> dict[str, Any]:

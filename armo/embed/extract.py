@@ -6,8 +6,9 @@ import multiprocessing
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.ddp import DDPStrategy
 from rich.progress import (
     BarColumn,
     Progress,
@@ -33,11 +35,12 @@ from armo.artifacts import exclusive, read_json, read_tensors, write_json, write
 from armo.data.checks import check_objectives
 from armo.data.conversation import PreferencePair, RatedResponse, ResponseList
 from armo.data.objectives import ObjectiveSet
-from armo.data.surface import SURFACE_FEATURES, surface_features
+from armo.data.surface import SURFACE_FEATURES, SURFACE_VERSION, surface_features
 from armo.embed.backbone import Backbone
+from armo.embed.boundary import PromptGroup
 from armo.embed.index import IndexedRows, RowIndexer, TextSpool, spans
 from armo.embed.spec import BackboneError
-from armo.embed.store import EmbeddingStore, EmbeddingTable
+from armo.embed.store import CovariateStore, EmbeddingStore, EmbeddingTable, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,9 @@ TEXTS = "texts"
 LOG_EVERY_S = 60.0
 LOOK_EVERY_S = 1.0
 RETURN_EVERY_S = 2.0
+
+# Processes wait for the slowest shard, and for the first one to digest the weights of the model.
+WAIT = timedelta(days=7)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -65,11 +71,17 @@ class RowTables:
         ratings: Ratings on [0, 1]; NaN where missing.
         ratings_train: Whether the rated row is on the training side.
         ratings_test: Whether the rated row is on the test side.
+        ratings_weight: How much the rated row counts.
+        ratings_source: Index into the source names.
         pairs_chosen: Chosen response of each pair.
         pairs_rejected: Rejected response of each pair.
         pairs_category: Index into the category names.
         pairs_train: Whether the pair is on the training side.
         pairs_test: Whether the pair is on the test side.
+        pairs_judgements: Probability that the chosen response is better, by objective; NaN where
+            missing.
+        pairs_weight: How much the pair counts.
+        pairs_source: Index into the source names.
         lists_response: Responses of all lists, one list after the other.
         lists_of: The list that each of `lists_response` belongs to.
         lists_category: Index into the category names, per list.
@@ -83,11 +95,16 @@ class RowTables:
     ratings: Float[Tensor, "ratings objectives"]
     ratings_train: Bool[Tensor, " ratings"]
     ratings_test: Bool[Tensor, " ratings"]
+    ratings_weight: Float[Tensor, " ratings"]
+    ratings_source: Int[Tensor, " ratings"]
     pairs_chosen: Int[Tensor, " pairs"]
     pairs_rejected: Int[Tensor, " pairs"]
     pairs_category: Int[Tensor, " pairs"]
     pairs_train: Bool[Tensor, " pairs"]
     pairs_test: Bool[Tensor, " pairs"]
+    pairs_judgements: Float[Tensor, "pairs objectives"]
+    pairs_weight: Float[Tensor, " pairs"]
+    pairs_source: Int[Tensor, " pairs"]
     lists_response: Int[Tensor, " list_responses"]
     lists_of: Int[Tensor, " list_responses"]
     lists_category: Int[Tensor, " lists"]
@@ -104,9 +121,10 @@ class EmbeddedData:
     """All rows of a run with their embeddings: what the `embed` stage leaves for the others.
 
     Attributes:
-        objectives: Columns of `tables.ratings`.
+        objectives: Columns of `tables.ratings` and `tables.pairs_judgements`.
         covariates: Columns of `tables.covariates`.
         categories: Names that the category columns index.
+        sources: Names that the source columns index.
         prompts: One embedding per distinct prompt.
         responses: One embedding per distinct response to a prompt.
         tables: Which row uses which embedding.
@@ -116,6 +134,7 @@ class EmbeddedData:
     objectives: ObjectiveSet
     covariates: tuple[str, ...]
     categories: tuple[str, ...]
+    sources: tuple[str, ...]
     prompts: EmbeddingTable
     responses: EmbeddingTable
     tables: RowTables
@@ -134,11 +153,19 @@ class EmbeddedData:
             objectives=ObjectiveSet.from_dicts(names["objectives"]),
             covariates=tuple(names["covariates"]),
             categories=tuple(names["categories"]),
+            sources=tuple(names["sources"]),
             prompts=store.prompts,
             responses=store.responses,
             tables=RowTables(**read_tensors(folder / ROWS)),
             examples=names["examples"],
         )
+
+    def style(
+        self, responses: Int[Tensor, " batch"], features: Sequence[str]
+    ) -> Float[Tensor, "batch features"]:
+        """Return some surface features of the given responses, by name."""
+        columns = [self.covariates.index(name) for name in features]
+        return self.tables.covariates[responses][:, columns]
 
     def prompt_embeddings(self, responses: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """Read the prompt embedding of each given response."""
@@ -178,11 +205,11 @@ class Team:
             devices = outer.world_size() // self.num_nodes
         else:
             devices = torch.cuda.device_count() if accelerator in ("gpu", "cuda") else 1
-        strategy = self.strategy
+        strategy: str | DDPStrategy = self.strategy
         if strategy == "auto" and outer is not None:
-            strategy = "ddp"
+            strategy = DDPStrategy(timeout=WAIT)
         elif strategy == "auto" and isinstance(devices, int) and devices > 1:
-            strategy = "ddp_spawn"
+            strategy = DDPStrategy(start_method="spawn", timeout=WAIT)
         return Fabric(
             accelerator=accelerator,
             devices=devices,
@@ -232,7 +259,8 @@ def embed_rows(
         pairs: Preference pairs.
         lists: Response lists, for evaluation only; those on training prompts are not used.
         test_fraction: Share of prompts on the test side, where rows do not say `split`.
-        min_ratings: Training ratings that each objective needs.
+        min_ratings: Training ratings and judgements that each objective needs; rows of weight zero
+            do not count.
         shard_rows: Responses per shard, about: what a cut-off run loses at most.
         team: Processes that share the work; one, on the best device, by default.
         examples: How many test conversations to keep as text.
@@ -248,16 +276,24 @@ def embed_rows(
         indexer.add_pairs(pairs)
         indexer.add_lists(lists)
         spool, index = indexer.finish()
+        del indexer  # it has the number of every text, which nothing needs any more
         if index.unused_lists:
             logger.info("%d response lists on training prompts are not used", index.unused_lists)
         test_of_response = index.test_of_group[index.group_of_prompt[spool.prompt_of_response]]
-        train = ~test_of_response[index.ratings_response]
-        check_objectives(index.ratings[train], objectives, min_ratings=min_ratings)
+        rated = ~test_of_response[index.ratings_response] & (index.ratings_weight > 0)
+        paired = ~test_of_response[index.pairs_chosen] & (index.pairs_weight > 0)
+        check_objectives(
+            index.ratings[rated],
+            objectives,
+            min_ratings=min_ratings,
+            judgements=index.pairs_judgements[paired],
+        )
 
         run_team(folder, load=load, team=team or Team(), shard_rows=shard_rows)
 
         store = EmbeddingStore.open(folder)
-        tables = _tables(spool, index, missing=store.responses.missing())
+        covariates = _covariate_store(folder, store.shards).read()
+        tables = _tables(spool, index, covariates=covariates, missing=store.responses.missing())
         _log_left_out(store, tables)
         write_tensors(folder / ROWS, {f.name: getattr(tables, f.name) for f in fields(tables)})
         write_json(
@@ -266,6 +302,7 @@ def embed_rows(
                 "objectives": objectives.to_dicts(),
                 "covariates": list(SURFACE_FEATURES),
                 "categories": list(index.categories),
+                "sources": list(index.sources),
                 "examples": _examples(spool, tables, index.categories, limit=examples),
             },
         )
@@ -299,31 +336,59 @@ def _embed_share(
     shards = spool.shards(shard_rows=shard_rows)
     backbone = load(device=str(fabric.device))
     store = EmbeddingStore(folder, backbone.dim, backbone.spec.fingerprint, shards)
+    covariates = _covariate_store(folder, shards)
     if fabric.global_rank == 0:
         EmbeddingStore.create(
             folder, dim=store.dim, fingerprint=store.fingerprint, shards=store.shards
         )
+        CovariateStore.create(
+            folder, names=covariates.names, version=covariates.version, shards=shards
+        )
     fabric.barrier()
-    missing: list[int] = fabric.broadcast(store.missing_shards())
+    missing: list[int] = fabric.broadcast(
+        sorted({*store.missing_shards(), *covariates.missing_shards()})
+    )
     ranges = list(spans(shards))
     mine = missing[fabric.global_rank :: fabric.world_size]
-    chunks = (spool.groups(*ranges[shard]) for shard in mine)
+    embedding = [shard for shard in mine if not store.has(shard)]
     give_back = _MemoryReturn()
-    with _Progress(store, missing, spool, hidden=fabric.global_rank > 0) as progress:
+
+    def done(shard: int) -> bool:
+        return store.has(shard) and covariates.has(shard)
+
+    with _Progress(shards, missing, spool, done=done, hidden=fabric.global_rank > 0) as progress:
         number = 0
 
         def show(share: float) -> None:
-            progress.show(mine[number], share)
+            progress.show(embedding[number], share)
             give_back()
 
+        def read() -> Iterator[list[PromptGroup]]:
+            """Measure each shard as it is read: while the one before it is being embedded."""
+            for shard in mine:
+                groups = spool.groups(*ranges[shard])
+                if not covariates.has(shard):
+                    texts = [text for group in groups for text in group.responses]
+                    covariates.write(shard, surface_features(texts))
+                if store.has(shard):
+                    progress.show(None, 1.0)
+                else:
+                    yield groups
+
         try:
-            for embedded in backbone.embed_chunks(chunks, progress=show):
-                store.write(mine[number], prompts=embedded.prompts, responses=embedded.responses)
+            for embedded in backbone.embed_chunks(read(), progress=show):
+                store.write(
+                    embedding[number], prompts=embedded.prompts, responses=embedded.responses
+                )
                 number += 1
         except BackboneError as error:
-            raise _naming_the_row(error, spool, *ranges[mine[number]]) from None
+            raise _naming_the_row(error, spool, *ranges[embedding[number]]) from None
         progress.wait()
     fabric.barrier()
+
+
+def _covariate_store(folder: Path, shards: Sequence[Shard]) -> CovariateStore:
+    return CovariateStore(folder, SURFACE_FEATURES, SURFACE_VERSION, tuple(shards))
 
 
 class _MemoryReturn:
@@ -351,17 +416,23 @@ class _Progress:
     """Progress over all shards of the pass, with the time left; other processes' included."""
 
     def __init__(
-        self, store: EmbeddingStore, missing: Sequence[int], spool: TextSpool, *, hidden: bool
+        self,
+        shards: Sequence[Shard],
+        missing: Sequence[int],
+        spool: TextSpool,
+        *,
+        done: Callable[[int], bool],
+        hidden: bool,
     ) -> None:
-        self._store = store
+        self._done = done
         self._pending = set(missing)
         self._hidden = hidden
         # Bytes, not rows, are the unit of work: rows differ in length a hundredfold.
         self._work = {
             shard: int(spool.response_bytes[rows.start : rows.stop].sum())
-            for shard, (_, rows) in enumerate(spans(store.shards))
+            for shard, (_, rows) in enumerate(spans(shards))
         }
-        self._rows = {shard: store.shards[shard].responses for shard in self._work}
+        self._rows = {shard: shards[shard].responses for shard in self._work}
         self._all_rows = sum(self._rows.values())
         self._total = sum(self._work[shard] for shard in missing)
         self._started = self._looked = self._logged = time.monotonic()
@@ -393,7 +464,7 @@ class _Progress:
         if self._hidden or (now - self._looked < LOOK_EVERY_S and share < 1.0):
             return
         self._looked = now
-        self._pending = {shard for shard in self._pending if not self._store.has(shard)}
+        self._pending = {shard for shard in self._pending if not self._done(shard)}
         left = float(sum(self._work[pending] for pending in self._pending))
         if shard in self._pending:
             left -= self._work[shard] * share
@@ -430,7 +501,11 @@ def _naming_the_row(
 
 
 def _tables(
-    spool: TextSpool, index: IndexedRows, *, missing: Bool[Tensor, " responses"]
+    spool: TextSpool,
+    index: IndexedRows,
+    *,
+    covariates: Float[Tensor, "responses covariates"],
+    missing: Bool[Tensor, " responses"],
 ) -> RowTables:
     """Point from each row to its embeddings, and say on which side it is, if it is there."""
     test = index.test_of_group[index.group_of_prompt[spool.prompt_of_response]]
@@ -442,30 +517,26 @@ def _tables(
     return RowTables(
         prompt_of_response=spool.prompt_of_response,
         group_of_prompt=index.group_of_prompt,
-        covariates=_covariates(spool),
+        covariates=covariates,
         ratings_response=rated,
         ratings=index.ratings,
         ratings_train=~test[rated] & rated_there,
         ratings_test=test[rated] & rated_there,
+        ratings_weight=index.ratings_weight,
+        ratings_source=index.ratings_source,
         pairs_chosen=chosen,
         pairs_rejected=rejected,
         pairs_category=index.pairs_category,
         pairs_train=~test[chosen] & pair_there,
         pairs_test=test[chosen] & pair_there,
+        pairs_judgements=index.pairs_judgements,
+        pairs_weight=index.pairs_weight,
+        pairs_source=index.pairs_source,
         lists_response=index.lists_response,
         lists_of=index.lists_of,
         lists_category=index.lists_category,
         lists_test=list_there,  # those on training prompts are gone already
     )
-
-
-def _covariates(spool: TextSpool) -> Float[Tensor, "responses covariates"]:
-    numbers = range(len(spool.response_offsets))
-    parts = [
-        surface_features([text for text, _ in spool.responses(numbers[start : start + 1024])])
-        for start in range(0, len(numbers), 1024)
-    ]
-    return torch.cat(parts) if parts else surface_features([])
 
 
 def _log_left_out(store: EmbeddingStore, tables: RowTables) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from armo.artifacts import read_tensors, write_tensors
+from armo.artifacts import naming, read_tensors, write_tensors
 from armo.data.checks import GroupSplits
 from armo.data.conversation import (
     Message,
@@ -22,7 +22,8 @@ from armo.data.conversation import (
     ResponseList,
     Row,
 )
-from armo.data.objectives import ObjectiveSet
+from armo.data.objectives import Objective, ObjectiveSet
+from armo.data.sources import DataError
 from armo.embed.boundary import PromptGroup
 from armo.embed.store import Shard
 
@@ -40,13 +41,19 @@ class IndexedRows:
     test_of_group: Bool[Tensor, " groups"]
     ratings_response: Int[Tensor, " ratings"]
     ratings: Float[Tensor, "ratings objectives"]
+    ratings_weight: Float[Tensor, " ratings"]
+    ratings_source: Int[Tensor, " ratings"]
     pairs_chosen: Int[Tensor, " pairs"]
     pairs_rejected: Int[Tensor, " pairs"]
     pairs_category: Int[Tensor, " pairs"]
+    pairs_judgements: Float[Tensor, "pairs objectives"]
+    pairs_weight: Float[Tensor, " pairs"]
+    pairs_source: Int[Tensor, " pairs"]
     lists_response: Int[Tensor, " list_responses"]
     lists_of: Int[Tensor, " list_responses"]
     lists_category: Int[Tensor, " lists"]
     categories: tuple[str, ...]
+    sources: tuple[str, ...]
     unused_lists: int
 
 
@@ -133,7 +140,7 @@ class TextSpool:
 class RowIndexer:
     """Numbers the distinct texts of a stream of rows, and writes each of them to disk once.
 
-    What stays in memory is about 400 bytes per distinct text, and 8 for each rating.
+    What stays in memory is about 400 bytes per distinct text, and per row 8 for each objective.
     """
 
     def __init__(self, folder: Path, objectives: ObjectiveSet, *, test_fraction: float) -> None:
@@ -147,10 +154,23 @@ class RowIndexer:
         self._group_of_prompt = array("q")
         self._prompt_of_response = array("q")
         self._categories: dict[str, int] = {}
+        self._sources: dict[str, int] = {}
         self._ratings = array("d")
+        self._judgements = array("d")
+        self._weights = {kind: array("d") for kind in ("ratings", "pairs")}
         self._numbers = {
             name: array("q")
-            for name in ("rated", "chosen", "rejected", "paired", "listed", "of", "list_category")
+            for name in (
+                "rated",
+                "rated_source",
+                "chosen",
+                "rejected",
+                "paired",
+                "paired_source",
+                "listed",
+                "of",
+                "list_category",
+            )
         }
         self._list_groups = array("q")
 
@@ -158,9 +178,11 @@ class RowIndexer:
         """Add rated responses."""
         for row in rows:
             self._numbers["rated"].extend(self._add(row)[0])
+            self._numbers["rated_source"].append(self._source(row))
+            self._weights["ratings"].append(row.weight)
             values = array("d", [float("nan")]) * len(self._columns)
             for name, rating in row.ratings.items():
-                column, objective = self._columns[name]
+                column, objective = self._column(name, row)
                 values[column] = objective.to_unit(rating)
             self._ratings.extend(values)
 
@@ -171,6 +193,12 @@ class RowIndexer:
             self._numbers["chosen"].append(chosen)
             self._numbers["rejected"].append(rejected)
             self._numbers["paired"].append(self._category(row))
+            self._numbers["paired_source"].append(self._source(row))
+            self._weights["pairs"].append(row.weight)
+            values = array("d", [float("nan")]) * len(self._columns)
+            for name, judgement in row.judgements.items():
+                values[self._column(name, row)[0]] = judgement
+            self._judgements.extend(values)
 
     def add_lists(self, rows: Iterable[ResponseList]) -> None:
         """Add response lists; those on training prompts are dropped at the end."""
@@ -209,22 +237,28 @@ class RowIndexer:
             response_digests=self._responses.digests()[order],
         )
         spool.save()
-        names = sorted(self._categories)
-        renamed = torch.tensor(
-            [names.index(name) for name in self._categories] or [0], dtype=torch.int64
-        )
+        categories, new_category = _by_name(self._categories)
+        sources, new_source = _by_name(self._sources)
         return spool, IndexedRows(
             group_of_prompt=_tensor(self._group_of_prompt)[prompts],
             test_of_group=test_of_group,
             ratings_response=new_response[n["rated"]],
             ratings=_tensor(self._ratings).reshape(len(n["rated"]), len(self._columns)),
+            ratings_weight=_tensor(self._weights["ratings"]),
+            ratings_source=new_source[n["rated_source"]],
             pairs_chosen=new_response[n["chosen"]],
             pairs_rejected=new_response[n["rejected"]],
-            pairs_category=renamed[n["paired"]],
+            pairs_category=new_category[n["paired"]],
+            pairs_judgements=_tensor(self._judgements).reshape(
+                len(n["chosen"]), len(self._columns)
+            ),
+            pairs_weight=_tensor(self._weights["pairs"]),
+            pairs_source=new_source[n["paired_source"]],
             lists_response=new_response[n["listed"][entry_used]],
             lists_of=_inverse(list_used.nonzero()[:, 0], len(list_used))[n["of"][entry_used]],
-            lists_category=renamed[n["list_category"][list_used]],
-            categories=tuple(names),
+            lists_category=new_category[n["list_category"][list_used]],
+            categories=categories,
+            sources=sources,
             unused_lists=int((~list_used).sum()),
         )
 
@@ -247,12 +281,23 @@ class RowIndexer:
     def _category(self, row: PreferencePair | ResponseList) -> int:
         return self._categories.setdefault(row.category, len(self._categories))
 
+    def _source(self, row: RatedResponse | PreferencePair) -> int:
+        return self._sources.setdefault(row.source, len(self._sources))
+
+    def _column(self, name: str, row: Row) -> tuple[int, Objective]:
+        if name not in self._columns:
+            raise DataError(
+                f"row {row.id!r}: objective {name!r} is not declared; add it to `data.objectives`"
+            )
+        return self._columns[name]
+
 
 class _Texts:
     """A file of distinct texts, one JSON value per line."""
 
     def __init__(self, path: Path) -> None:
         self.offsets = array("q")
+        self._path = path
         self._file = path.open("wb")
         self._end = 0
         self._numbers: dict[bytes, int] = {}
@@ -264,10 +309,11 @@ class _Texts:
         number = self._numbers.setdefault(digest, len(self._numbers))
         if number == len(self.offsets):
             self.offsets.append(self._file.tell())
-            self._file.write(
-                text if line is None else json.dumps(line, ensure_ascii=False).encode()
-            )
-            self._file.write(b"\n")
+            with naming(self._path):
+                self._file.write(
+                    text if line is None else json.dumps(line, ensure_ascii=False).encode()
+                )
+                self._file.write(b"\n")
         return number
 
     def digests(self) -> Tensor:
@@ -282,7 +328,8 @@ class _Texts:
 
     def close(self) -> None:
         self._end = self._file.tell()
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 def spans(shards: Sequence[Shard]) -> Iterator[tuple[range, range]]:
@@ -308,6 +355,13 @@ def _read_prompt(file: Any, offset: int) -> Prompt:
 def _tensor(values: "array[Any]") -> Tensor:
     dtype = torch.float64 if values.typecode == "d" else torch.int64
     return torch.frombuffer(values, dtype=dtype).clone() if values else torch.empty(0, dtype=dtype)
+
+
+def _by_name(numbers: Mapping[str, int]) -> tuple[tuple[str, ...], Tensor]:
+    """Sort names that were numbered as they came; also return the new number of each old one."""
+    names = sorted(numbers)
+    places = {name: place for place, name in enumerate(names)}
+    return tuple(names), torch.tensor([places[name] for name in numbers] or [0], dtype=torch.int64)
 
 
 def _inverse(order: Tensor, size: int) -> Tensor:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -85,16 +85,8 @@ class EmbeddingStore:
         """
         store = cls(folder, dim, fingerprint, tuple(shards))
         delete_temporaries(folder)
-        numbers = {store._path(shard): shard for shard in range(len(store.shards))}
-        stale = 0
-        for path in sorted(folder.glob("shard-*.safetensors")):
-            state = store._inspect(numbers[path]) if path in numbers else "stale"
-            if state == "damaged":
-                logger.warning("%s is damaged; it is made again", path)
-            if state != "whole":
-                path.unlink()
-            stale += state == "stale"
-        if stale:
+        labels = {store._path(shard): store._label(shard) for shard in range(len(store.shards))}
+        if stale := _keep_whole(sorted(folder.glob("shard-*.safetensors")), labels):
             logger.info("%s: deleted %d shards of other embeddings", folder, stale)
         header = {"dim": dim, "fingerprint": fingerprint, "shards": [asdict(s) for s in shards]}
         write_json(folder / HEADER, header)
@@ -172,20 +164,7 @@ class EmbeddingStore:
             tensors[name] = part.values.detach().cpu().contiguous()
             tensors[f"{name}_truncated"] = part.truncated.cpu().to(torch.uint8)
             tensors[f"{name}_missing"] = part.missing.cpu().to(torch.uint8)
-        label = {**self._label(shard), CHECKSUM: _checksum(tensors)}
-        write_tensors(self._path(shard), tensors, metadata={LABEL: json.dumps(label)})
-
-    def _inspect(self, shard: int) -> Literal["whole", "stale", "damaged"]:
-        try:
-            with _opened(self._path(shard)) as file:
-                label = _label(file)
-                checksum = label.pop(CHECKSUM, None)
-                if label != self._label(shard):
-                    return "stale"
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return "whole" if _checksum(tensors) == checksum else "damaged"
-        except ArtifactError:
-            return "damaged"
+        _write_labelled(self._path(shard), tensors, self._label(shard))
 
     def _label(self, shard: int) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint, "dim": self.dim, **asdict(self.shards[shard])}
@@ -272,9 +251,132 @@ class EmbeddingTable:
         return torch.cat([torch.zeros(0, dtype=torch.uint8), *parts]).bool()
 
     def _tensor(self, shard: int, name: str) -> Tensor:
-        with _opened(self.store._path(shard)) as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        return _tensor(self.store._path(shard), name)
+
+
+@dataclass(frozen=True, slots=True)
+class CovariateStore:
+    """Covariates of the responses of an `EmbeddingStore`, in a file beside each of its shards.
+
+    They are measured on the texts alone. So another backbone keeps them, and another way to
+    measure keeps the embeddings.
+
+    Attributes:
+        folder: Where the shards are.
+        names: Of the covariates, in column order.
+        version: Of the way in which they are measured.
+        shards: Those of the embeddings.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    version: int
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def create(
+        cls, folder: Path, *, names: Sequence[str], version: int, shards: Sequence[Shard]
+    ) -> "CovariateStore":
+        """Open the store for writing; whole shards of the same covariates are kept.
+
+        Every other one is deleted, see `EmbeddingStore.create`.
+        """
+        store = cls(folder, tuple(names), version, tuple(shards))
+        labels = {store._path(shard): store._label(shard) for shard in range(len(store.shards))}
+        if stale := _keep_whole(sorted(folder.glob("covariates-*.safetensors")), labels):
+            logger.info("%s: deleted %d shards of other covariates", folder, stale)
+        return store
+
+    def missing_shards(self) -> list[int]:
+        """Return the numbers of the shards that are not written yet."""
+        return [shard for shard in range(len(self.shards)) if not self.has(shard)]
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard has been written."""
+        return self._path(shard).is_file()
+
+    def write(self, shard: int, covariates: Float[Tensor, "responses covariates"]) -> None:
+        """Write one whole shard.
+
+        Raises:
+            ValueError: If the rows or columns are not as many as the shard's.
+            OSError: If the disk is full; what was written of the shard is gone then.
+        """
+        expected = (self.shards[shard].responses, len(self.names))
+        if tuple(covariates.shape) != expected:
+            raise ValueError(
+                f"`covariates` of shard {shard} must have the shape {expected}, got "
+                f"{tuple(covariates.shape)}."
+            )
+        _write_labelled(self._path(shard), {"covariates": covariates}, self._label(shard))
+
+    def read(self) -> Float[Tensor, "responses covariates"]:
+        """Read the covariates of all responses.
+
+        Raises:
+            ArtifactError: If a shard is missing, damaged, or of another store.
+        """
+        parts = [torch.zeros(0, len(self.names), dtype=torch.float64)]
+        for shard in range(len(self.shards)):
+            state = _state(self._path(shard), self._label(shard))
+            if state != "whole":
+                raise ArtifactError(
+                    f"{self._path(shard)}: {state}. Make it again with `armo train stages=[embed]`."
+                )
+            parts.append(_tensor(self._path(shard), "covariates"))
+        return torch.cat(parts)
+
+    def _label(self, shard: int) -> dict[str, Any]:
+        plan = self.shards[shard]
+        return {
+            "covariates": list(self.names),
+            "version": self.version,
+            "responses": plan.responses,
+            "texts": plan.texts,
+        }
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"covariates-{shard:05d}.safetensors"
+
+
+def _keep_whole(files: Iterable[Path], labels: Mapping[Path, dict[str, Any]]) -> int:
+    """Delete what is not a whole shard with the label of its name; count those of other stores."""
+    stale = 0
+    for path in files:
+        state = _state(path, labels[path]) if path in labels else "stale"
+        if state == "damaged":
+            logger.warning("%s is damaged; it is made again", path)
+        if state != "whole":
+            path.unlink()
+        stale += state == "stale"
+    return stale
+
+
+def _state(path: Path, expected: dict[str, Any]) -> Literal["whole", "stale", "damaged", "missing"]:
+    """Say whether a file is the whole shard that its label should say it is."""
+    if not path.is_file():
+        return "missing"
+    try:
+        with _opened(path) as file:
+            label = _label(file)
+            checksum = label.pop(CHECKSUM, None)
+            if label != expected:
+                return "stale"
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return "whole" if _checksum(tensors) == checksum else "damaged"
+    except ArtifactError:
+        return "damaged"
+
+
+def _write_labelled(path: Path, tensors: Mapping[str, Tensor], label: dict[str, Any]) -> None:
+    label = {**label, CHECKSUM: _checksum(tensors)}
+    write_tensors(path, tensors, metadata={LABEL: json.dumps(label)})
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    with _opened(path) as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 @contextmanager

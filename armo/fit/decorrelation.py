@@ -11,16 +11,33 @@ import torch
 from jaxtyping import Float, Int
 from scipy.optimize import brentq
 from scipy.stats import rankdata
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from armo.artifacts import read_json, read_tensors, write_json, write_tensors
+from armo.data.surface import SURFACE_FEATURES
 from armo.fit.heads import FittedHeads, ObjectiveHeads
 
 logger = logging.getLogger(__name__)
 
-Method = Literal["leace", "penalty"]
+Method = Literal["leace", "penalty", "residual", "nuisance", "reweight"]
 Scope = Literal["pooled", "within_prompt"]
-METHODS: tuple[Method, ...] = ("leace", "penalty")
+METHODS: tuple[Method, ...] = ("leace", "penalty", "residual", "nuisance", "reweight")
+"""What decorrelation may be made of. The first three change the rewards, see
+`fit_reward_transform`; the last two change how the gate learns from preferences, see `fit_gating`:
+
+- `nuisance`: what judges give to style is explained by style itself, in terms of the preference
+  model that are dropped at scoring.
+- `reweight`: preferences that style alone would have predicted count less, see `style_weights`.
+"""
+
+
+STYLE_FEATURES = tuple(n for n in SURFACE_FEATURES if n not in ("inline_code", "questions"))
+"""Surface features that are style. The others are as much content: what a good answer about code
+names is code, and some prompts ask for questions."""
+
+# The tensors of a transform, in the order of its fields.
+PARTS = ("matrix", "offset", "style")
 
 
 class DecorrelationWarning(UserWarning):
@@ -29,19 +46,34 @@ class DecorrelationWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RewardTransform:
-    """The affine map from response embedding to adjusted rewards: `a = matrix @ h + offset`.
+    """The affine map to adjusted rewards: `a = matrix @ h + style @ z + offset`.
 
-    Adjusted rewards have mean 0 and standard deviation 1 on the reference responses. Rows of
-    bias objectives are standardised but not decorrelated: they report style.
+    `h` is the response embedding, `z` are covariates measured on the response's text, of which
+    there are none but for the method `residual`. Adjusted rewards have mean 0 and standard
+    deviation 1 on the reference responses. Rows of bias objectives are standardised but not
+    decorrelated: they report style.
     """
 
     objectives: tuple[str, ...]
     matrix: Float[Tensor, "objectives dim"]
     offset: Float[Tensor, " objectives"]
+    covariates: tuple[str, ...]
+    style: Float[Tensor, "objectives covariates"]
 
-    def adjusted(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch objectives"]:
-        """Compute adjusted rewards, in float64."""
-        return embeddings.double() @ self.matrix.T + self.offset
+    def adjusted(
+        self,
+        embeddings: Float[Tensor, "batch dim"],
+        covariates: Float[Tensor, "batch covariates"],
+    ) -> Float[Tensor, "batch objectives"]:
+        """Compute adjusted rewards, in float64.
+
+        Args:
+            embeddings: Of the responses.
+            covariates: Surface features of the same responses, in the order of
+                `self.covariates`.
+        """
+        style = covariates.double() @ self.style.T
+        return embeddings.double() @ self.matrix.T + style + self.offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +83,8 @@ class DecorrelationSummary:
     Attributes:
         objective: Name.
         penalties: Penalty `lambda` on each bias objective, by name.
-        before: Spearman correlation with each bias objective's reward, before.
+        before: Spearman correlation with each bias objective's reward, and with each covariate,
+            before.
         after: The same, after.
         kept: Standard deviation after, as a share of that before.
     """
@@ -68,11 +101,15 @@ class FittedTransforms:
     """The reward transform, and one for the heads of each fold of the cross-validation.
 
     Attributes:
+        methods: What was asked for.
+        features: Names of the covariates that it is to be decorrelated from.
         transform: For the heads fitted on all training rows.
         without_fold: For each fold, the transform of the heads fitted without it.
         summaries: What decorrelation did, per objective that is not a bias objective.
     """
 
+    methods: tuple[Method, ...]
+    features: tuple[str, ...]
     transform: RewardTransform
     without_fold: tuple[RewardTransform, ...]
     summaries: tuple[DecorrelationSummary, ...]
@@ -83,9 +120,11 @@ def fit_transforms(
     embeddings: Float[Tensor, "batch dim"],
     *,
     covariates: Float[Tensor, "batch covariates"],
+    covariate_names: Sequence[str],
     groups: Int[Tensor, " batch"],
     bias_indices: Sequence[int],
-    methods: Sequence[Method] = METHODS,
+    methods: Sequence[Method] = ("residual", "nuisance"),
+    features: Sequence[str] = STYLE_FEATURES,
     scope: Scope = "within_prompt",
     tolerance: float = 0.005,
 ) -> FittedTransforms:
@@ -101,14 +140,19 @@ def fit_transforms(
                 embeddings,
                 covariates,
                 groups,
+                covariate_names=covariate_names,
                 bias_indices=bias_indices,
                 methods=methods,
+                features=features,
                 scope=scope,
                 tolerance=tolerance,
             )
         )
     (transform, summaries), *rest = fitted
-    return FittedTransforms(transform, tuple(t for t, _ in rest), tuple(summaries))
+    without_fold = tuple(other for other, _ in rest)
+    return FittedTransforms(
+        tuple(methods), tuple(features), transform, without_fold, tuple(summaries)
+    )
 
 
 def fit_reward_transform(
@@ -117,8 +161,10 @@ def fit_reward_transform(
     covariates: Float[Tensor, "batch covariates"],
     groups: Int[Tensor, " batch"],
     *,
+    covariate_names: Sequence[str],
     bias_indices: Sequence[int],
-    methods: Sequence[Method] = METHODS,
+    methods: Sequence[Method] = ("residual", "nuisance"),
+    features: Sequence[str] = STYLE_FEATURES,
     scope: Scope = "within_prompt",
     tolerance: float = 0.005,
 ) -> tuple[RewardTransform, list[DecorrelationSummary]]:
@@ -129,16 +175,21 @@ def fit_reward_transform(
       such that the Spearman correlation of `a_k` with the reward of `b` is zero from both sides.
       After `leace` what is subtracted is the erased bias reward, so that what was erased stays
       erased.
+    - `residual` subtracts what least squares predicts of `a_k` from the measured covariates. It
+      takes less out than `leace`, whose prediction of style from the embedding is imperfect, but
+      scoring then needs the text.
 
-    With neither the rewards are only standardised.
+    With none of them the rewards are only standardised.
 
     Args:
         heads: The objective heads.
         embeddings: Embeddings of the reference responses.
         covariates: Measured surface features of the same responses, any units.
         groups: Prompt of each reference response.
+        covariate_names: Columns of `covariates`.
         bias_indices: Columns of the bias objectives.
-        methods: Any of `leace` and `penalty`.
+        methods: Any of `METHODS`.
+        features: Names of the covariates to decorrelate from, of `covariate_names`.
         scope: Decorrelate over all reference responses, or over their deviations from the mean
             of their prompt: what best-of-N and RL compare.
         tolerance: Absolute Spearman correlation that counts as zero, for `penalty`.
@@ -147,60 +198,80 @@ def fit_reward_transform(
         The transform, and a summary per objective that is not a bias objective.
 
     Raises:
-        ValueError: For an unknown method or scope, or reference responses that cannot serve.
+        ValueError: For an unknown method, feature or scope, or reference responses that cannot serve.
     """
-    if unknown := sorted(set(methods) - set(METHODS)):
-        raise ValueError(f"`methods` knows {', '.join(METHODS)}, not {', '.join(unknown)}.")
+    for name, given, known in (
+        ("methods", methods, METHODS),
+        ("features", features, covariate_names),
+    ):
+        if unknown := [each for each in given if each not in known]:
+            raise ValueError(f"`{name}` knows {', '.join(known)}, not {', '.join(unknown)}.")
     if scope not in ("pooled", "within_prompt"):
         raise ValueError(f"`scope` must be pooled or within_prompt, got {scope!r}.")
-    x = embeddings.double()
-    deviations = deviate(x, groups, scope=scope)
+    columns = [list(covariate_names).index(name) for name in features]
+    x, z = embeddings.double(), covariates[:, columns].double()
+    deviations, measured = deviate(x, groups, scope=scope), deviate(z, groups, scope=scope)
     if not bool(deviations.any()):
         raise ValueError(
             "the reference responses do not differ within any prompt; use `scope: pooled` or "
             "add preference pairs"
         )
-    mean = x.mean(0)
+    # Of what is the same within every prompt only rounding is left, not to be blown up.
+    measured = measured * (measured.abs().amax(0) > 1e-12 * z.abs().amax(0))
     projection = torch.eye(x.shape[1], dtype=torch.float64)
-    if "leace" in methods:
-        projection = leace_projection(deviations, deviate(covariates.double(), groups, scope=scope))
+    if "leace" in methods and columns:
+        projection = leace_projection(deviations, measured)
     erased = heads.weights @ projection
     matrix, bias = erased.clone(), list(bias_indices)
     matrix[bias] = heads.weights[bias]
+    mixed = [k for k in range(len(matrix)) if k not in bias]
+    predicted = deviations @ heads.weights[bias].T
+    penalties = torch.zeros(len(matrix), len(bias), dtype=torch.float64)
+    if "penalty" in methods and bias:
+        subtracted = deviations @ erased[bias].T
+        # Of a bias reward that leace erased only rounding is left, not to be blown up.
+        subtracted = subtracted * (subtracted.std(0) > 1e-6 * predicted.std(0))
+        for k in mixed:
+            penalties[k] = fit_penalties(
+                deviations @ erased[k],
+                subtracted,
+                predicted,
+                name=heads.objectives[k],
+                tolerance=tolerance,
+            )
+        matrix[mixed] -= penalties[mixed] @ erased[bias]
+    style = torch.zeros(len(matrix), z.shape[1], dtype=torch.float64)
+    if "residual" in methods:
+        style[mixed] = -least_squares(measured, deviations @ matrix[mixed].T).T
+    before = deviations @ heads.weights.T
+    after = deviations @ matrix.T + measured @ style.T
+    biases = [heads.objectives[b] for b in bias]
+    against = [*biases, *features]
+    style_values = torch.cat([predicted, measured], dim=1)
+    correlation_before = spearman(before, style_values).tolist()
+    correlation_after = spearman(after, style_values).tolist()
     summaries = []
-    style = deviations @ heads.weights[bias].T
-    for k, name in enumerate(heads.objectives):
-        if k in bias_indices:
-            continue
-        values = deviations @ erased[k]
-        penalties = torch.zeros(len(bias), dtype=torch.float64)
-        if "penalty" in methods and bias:
-            subtracted = deviations @ erased[bias].T
-            # Of a bias reward that leace erased only rounding is left, not to be blown up.
-            subtracted = subtracted * (subtracted.std(0) > 1e-6 * style.std(0))
-            penalties = fit_penalties(values, subtracted, style, name=name, tolerance=tolerance)
-            matrix[k] = erased[k] - penalties @ erased[bias]
-        before, after = deviations @ heads.weights[k], deviations @ matrix[k]
-        kept = float(after.std() / before.std()) if before.std() > 0 else 0.0
+    for k in mixed:
+        name = heads.objectives[k]
+        kept = float(after[:, k].std() / before[:, k].std()) if before[:, k].std() > 0 else 0.0
         if kept < 0.05:
             warnings.warn(
                 f"objective {name!r} keeps {kept:.1%} of its spread: it is little but style",
                 DecorrelationWarning,
                 stacklevel=2,
             )
-        names = [heads.objectives[b] for b in bias]
         summaries.append(
             DecorrelationSummary(
                 name,
-                dict(zip(names, penalties.tolist(), strict=True)),
-                {n: spearman(before, style[:, j]) for j, n in enumerate(names)},
-                {n: spearman(after, style[:, j]) for j, n in enumerate(names)},
+                dict(zip(biases, penalties[k].tolist(), strict=True)),
+                dict(zip(against, correlation_before[k], strict=True)),
+                dict(zip(against, correlation_after[k], strict=True)),
                 kept,
             )
         )
     # Erasure moves h towards the mean, which a constant makes up for; standardising the
     # reference responses then fixes offset and scale at once.
-    adjusted = x @ matrix.T
+    adjusted = x @ matrix.T + z @ style.T
     spread = adjusted.std(0)
     if bool((spread < 1e-10).any()):
         dead = [heads.objectives[k] for k in (spread < 1e-10).nonzero()[:, 0].tolist()]
@@ -208,8 +279,71 @@ def fit_reward_transform(
             f"objective {', '.join(dead)} predicts one value for all reference responses; remove "
             f"it, or decorrelate it less"
         )
-    matrix = matrix / spread[:, None]
-    return RewardTransform(heads.objectives, matrix, -(matrix @ mean)), summaries
+    transform = RewardTransform(
+        heads.objectives,
+        matrix / spread[:, None],
+        -adjusted.mean(0) / spread,
+        tuple(features) if "residual" in methods else (),
+        style / spread[:, None] if "residual" in methods else style[:, :0],
+    )
+    return transform, summaries
+
+
+def least_squares(
+    covariates: Float[Tensor, "batch covariates"], values: Float[Tensor, "batch columns"]
+) -> Float[Tensor, "covariates columns"]:
+    """Fit `values` by the covariates, without an intercept.
+
+    Of covariates that say the same, the coefficients are the smallest in units of the covariates'
+    spread; those of constant ones are zero.
+    """
+    spread = covariates.square().mean(0).sqrt()
+    scale = torch.where(spread > 0, spread, 1.0)
+    solution: Tensor = torch.linalg.lstsq(covariates / scale, values, driver="gelsd").solution
+    return solution / scale[:, None]
+
+
+def style_weights(
+    differences: Float[Tensor, "batch covariates"], *, most: float = 10.0
+) -> Float[Tensor, " batch"]:
+    """Weigh preference pairs such that style does not tell which response was chosen.
+
+    A logistic model of the covariates alone gives the probability that the chosen response would
+    be chosen; the weight is one over twice that, inverse propensity weighting.
+
+    Args:
+        differences: Covariates of the chosen minus those of the rejected responses.
+        most: Largest weight, as a multiple of that of a pair that style says nothing about.
+
+    Returns:
+        Weights with mean one.
+
+    References:
+        Rosenbaum and Rubin, "The Central Role of the Propensity Score", Biometrika 70(1), 1983.
+    """
+    probability = torch.sigmoid(style_logits(differences, differences))
+    weights = (0.5 / probability).clamp(max=most)
+    return weights / weights.mean()
+
+
+def style_logits(
+    train: Float[Tensor, "train covariates"], test: Float[Tensor, "test covariates"]
+) -> Float[Tensor, " test"]:
+    """Log-odds of being chosen, of a logistic model that sees surface features alone.
+
+    Args:
+        train: Covariates of the chosen minus those of the rejected responses, to fit on.
+        test: The same of the pairs to predict.
+    """
+    spread = train.square().mean(0).sqrt()
+    if not bool((spread > 0).any()):
+        return torch.zeros(len(test), dtype=torch.float64)  # nothing to tell them apart by
+    x = (train[:, spread > 0] / spread[spread > 0]).numpy()
+    # Both orders of each pair: the model has no intercept, so order must not matter.
+    model = LogisticRegression(fit_intercept=False, max_iter=1000)
+    model.fit([*x, *-x], [1] * len(x) + [0] * len(x))
+    scaled = (test[:, spread > 0] / spread[spread > 0]).numpy()
+    return torch.from_numpy(scaled @ model.coef_[0])
 
 
 def leace_projection(
@@ -321,20 +455,22 @@ def deviate(
     return deviations
 
 
-def spearman(first: Float[Tensor, " batch"], second: Float[Tensor, " batch"]) -> float:
-    """Spearman's rank correlation, ties sharing their mean rank; 0 if either is constant."""
-    return float(standard_ranks(first) @ standard_ranks(second))
+def spearman(
+    first: Float[Tensor, "batch columns"], second: Float[Tensor, "batch others"]
+) -> Float[Tensor, "columns others"]:
+    """Spearman's rank correlations, ties sharing their mean rank; 0 where one is constant."""
+    return standard_ranks(first).T @ standard_ranks(second)
 
 
-def standard_ranks(values: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+def standard_ranks(values: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
     """Ranks, centred and scaled to length 1, so that Spearman's correlation is a dot product.
 
     Ties share their mean rank; constant values give zeros.
     """
-    ranks = torch.from_numpy(rankdata(values.numpy()))
-    ranks = ranks - ranks.mean()
-    norm = ranks.norm()
-    return ranks / norm if float(norm) > 0.0 else ranks
+    ranks = torch.from_numpy(rankdata(values.numpy(), axis=0))
+    ranks = ranks - ranks.mean(0)
+    norm = ranks.norm(dim=0)
+    return ranks / torch.where(norm > 0.0, norm, 1.0)
 
 
 def save_transforms(
@@ -342,19 +478,18 @@ def save_transforms(
 ) -> None:
     """Write both transforms, the second being what the first is compared with."""
     for name, fitted in (("decorrelated", decorrelated), ("undecorrelated", undecorrelated)):
+        every = (fitted.transform, *fitted.without_fold)
         write_tensors(
             folder / f"{name}.safetensors",
-            {
-                "matrix": fitted.transform.matrix,
-                "offset": fitted.transform.offset,
-                "fold_matrix": torch.stack([t.matrix for t in fitted.without_fold]),
-                "fold_offset": torch.stack([t.offset for t in fitted.without_fold]),
-            },
+            {part: torch.stack([getattr(t, part) for t in every]) for part in PARTS},
         )
         write_json(
             folder / f"{name}.json",
             {
+                "methods": list(fitted.methods),
+                "features": list(fitted.features),
                 "objectives": list(fitted.transform.objectives),
+                "covariates": list(fitted.transform.covariates),
                 "summaries": [asdict(summary) for summary in fitted.summaries],
             },
         )
@@ -365,13 +500,16 @@ def load_transforms(folder: Path, *, decorrelated: bool = True) -> FittedTransfo
     name = "decorrelated" if decorrelated else "undecorrelated"
     tensors = read_tensors(folder / f"{name}.safetensors")
     described = read_json(folder / f"{name}.json")
-    names = tuple(described["objectives"])
+    names, covariates = tuple(described["objectives"]), tuple(described["covariates"])
+    transform, *without_fold = (
+        RewardTransform(names, matrix, offset, covariates, style)
+        for matrix, offset, style in zip(*(tensors[part] for part in PARTS), strict=True)
+    )
     return FittedTransforms(
-        RewardTransform(names, tensors["matrix"], tensors["offset"]),
-        tuple(
-            RewardTransform(names, matrix, offset)
-            for matrix, offset in zip(tensors["fold_matrix"], tensors["fold_offset"], strict=True)
-        ),
+        tuple(described["methods"]),
+        tuple(described["features"]),
+        transform,
+        tuple(without_fold),
         tuple(DecorrelationSummary(**entry) for entry in described["summaries"]),
     )
 

@@ -38,6 +38,8 @@ class GatingSummary:
         loss: The gate's loss.
         accuracy: The gate's share of pairs ranked right.
         beta: Scale of score differences in the preference probability.
+        style: What the judges gave to style by itself, in log-odds per root mean square of the
+            covariate's difference between two responses; empty without nuisance covariates.
     """
 
     pairs: int
@@ -49,16 +51,38 @@ class GatingSummary:
     loss: float
     accuracy: float
     beta: float
+    style: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ConstantMix:
+    """The best weights that do not look at the prompt; float64.
+
+    Attributes:
+        weights: Over all objectives; zero for those that are not mixed.
+        beta: Scale of score differences in the preference probability.
+        style: Log-odds per unit of each nuisance covariate.
+    """
+
+    weights: Float[Tensor, " objectives"]
+    beta: float
+    style: Float[Tensor, " covariates"]
 
 
 def bradley_terry_loss(
-    differences: Float[Tensor, " batch"], *, beta: Float[Tensor, ""]
+    differences: Float[Tensor, " batch"],
+    *,
+    beta: Float[Tensor, ""],
+    style: Float[Tensor, " batch"] | None = None,
+    weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean of `-log sigmoid(beta (score_chosen - score_rejected))`.
+    """Weighted mean of `-log sigmoid(beta (score_chosen - score_rejected) + style)`.
 
     Args:
         differences: Score of the chosen minus score of the rejected response.
         beta: Positive scale.
+        style: Log-odds that are due to style and not to the score.
+        weights: Of the pairs; equal by default.
 
     References:
         Bradley and Terry, "Rank Analysis of Incomplete Block Designs", Biometrika 39, 1952.
@@ -67,57 +91,70 @@ def bradley_terry_loss(
         >>> bradley_terry_loss(torch.tensor([0.0]), beta=torch.tensor(1.0))
         tensor(0.6931)
     """
-    return F.softplus(-beta * differences).mean()
+    logits = beta * differences
+    losses = F.softplus(-(logits if style is None else logits + style))
+    return losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
 
 
 def fit_constant_mix(
     differences: Float[Tensor, "batch objectives"],
     *,
     mixed: Sequence[int],
+    nuisance: Float[Tensor, "batch covariates"] | None = None,
+    weights: Float[Tensor, " batch"] | None = None,
     decay: float = 1e-4,
-) -> tuple[Float[Tensor, " objectives"], float]:
+) -> ConstantMix:
     """Fit the constant weights and `beta` that explain the preferences best.
 
     Minimises the Bradley-Terry loss over weights that are non-negative and sum to one on the
-    mixed objectives, by L-BFGS on their logits, plus `decay` times the squared logits and the
-    squared log of `beta`, which keeps them finite where an objective deserves no weight, or where
-    the pairs can be told apart without error.
+    mixed objectives, by L-BFGS on their logits, plus `decay` times the squared logits, the
+    squared log of `beta` and the squared style coefficients, which keeps them finite where an
+    objective deserves no weight, or where the pairs can be told apart without error.
 
     Args:
         differences: Adjusted rewards of the chosen minus those of the rejected responses.
         mixed: Columns that may get weight.
+        nuisance: Covariates of the chosen minus those of the rejected responses, whose own
+            effect on the preferences is estimated beside the weights.
+        weights: Of the pairs; equal by default.
         decay: Pull towards equal weights.
-
-    Returns:
-        Weights over all objectives, and `beta`; float64.
     """
     values = differences[:, list(mixed)].double()
+    measured = (nuisance if nuisance is not None else differences[:, :0]).double()
+    pair_weights = None if weights is None else weights.double()
     logits = torch.zeros(len(mixed), dtype=torch.float64, requires_grad=True)
     log_beta = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    style = torch.zeros(measured.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [logits, log_beta], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
+        [logits, log_beta, style], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        score = values @ logits.softmax(dim=0)
-        loss = bradley_terry_loss(score, beta=log_beta.exp())
+        loss = bradley_terry_loss(
+            values @ logits.softmax(dim=0),
+            beta=log_beta.exp(),
+            style=measured @ style,
+            weights=pair_weights,
+        )
         loss = loss + decay * (logits - logits.mean()).square().sum() + decay * log_beta.square()
+        loss = loss + decay * style.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    weights = torch.zeros(differences.shape[1], dtype=torch.float64)
-    weights[list(mixed)] = logits.detach().softmax(dim=0)
-    return weights, float(log_beta.detach().exp())
+    mix = torch.zeros(differences.shape[1], dtype=torch.float64)
+    mix[list(mixed)] = logits.detach().softmax(dim=0)
+    return ConstantMix(mix, float(log_beta.detach().exp()), style.detach())
 
 
 class GatingTrainer(L.LightningModule):
     """Trains a gate and `beta` on batches of prompt embeddings and reward differences.
 
-    A batch is `(prompts, differences)`: the prompt embedding of each pair, once, and the
-    adjusted rewards of its chosen minus those of its rejected response. Both responses share
-    the pair's weights, so the score difference is `weights . differences`.
+    A batch is `(prompts, differences, nuisance, weights)`: the prompt embedding of each pair,
+    once; the adjusted rewards of its chosen minus those of its rejected response; the same of the
+    nuisance covariates, of which there may be none; and the weight of the pair in the loss. Both
+    responses share the pair's gating weights, so the score difference is `gate . differences`.
     """
 
     def __init__(
@@ -125,6 +162,7 @@ class GatingTrainer(L.LightningModule):
         gate: GatingNetwork,
         *,
         beta: float,
+        style: Float[Tensor, " covariates"],
         learning_rate: float = 1e-3,
         weight_decay: float = 0.1,
     ) -> None:
@@ -133,12 +171,14 @@ class GatingTrainer(L.LightningModule):
         Args:
             gate: The network, already at its starting point.
             beta: Starting value.
+            style: Starting coefficients of the nuisance covariates.
             learning_rate: Of AdamW.
             weight_decay: Of AdamW on the MLP; it pulls the gate towards its constant logits.
         """
         super().__init__()
         self.gate = gate
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)))
+        self.style = nn.Parameter(style.float())
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
 
@@ -149,34 +189,44 @@ class GatingTrainer(L.LightningModule):
         scores: Tensor = (self.gate(prompts) * differences).sum(dim=-1)
         return scores
 
+    def loss(
+        self,
+        prompts: Float[Tensor, "batch dim"],
+        differences: Float[Tensor, "batch objectives"],
+        nuisance: Float[Tensor, "batch covariates"],
+        weights: Float[Tensor, " batch"],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " batch"]]:
+        """Return the loss of some pairs, and their score differences."""
+        scores = self(prompts, differences)
+        loss = bradley_terry_loss(
+            scores, beta=self.log_beta.exp(), style=nuisance @ self.style, weights=weights
+        )
+        return loss, scores
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
-        loss = bradley_terry_loss(self(*batch), beta=self.log_beta.exp())
+        loss, _ = self.loss(*batch)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[0]))
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Log loss and accuracy on held-out prompts."""
-        differences = self(*batch)
-        loss = bradley_terry_loss(differences, beta=self.log_beta.exp())
+        loss, scores = self.loss(*batch)
+        accuracy = (scores > 0).float().mean()
         self.log("val_loss", loss, prog_bar=True, batch_size=len(batch[0]))
-        self.log(
-            "val_accuracy",
-            (differences > 0).float().mean(),
-            prog_bar=True,
-            batch_size=len(batch[0]),
-        )
+        self.log("val_accuracy", accuracy, prog_bar=True, batch_size=len(batch[0]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW; the constant logits and `beta` are not decayed."""
-        free = {id(self.gate.constant), id(self.log_beta)}
+        """AdamW; the constant logits, `beta` and the style coefficients are not decayed."""
+        undecayed = [self.gate.constant, self.log_beta, self.style]
+        free = {id(parameter) for parameter in undecayed}
         return torch.optim.AdamW(
             [
                 {
                     "params": [p for p in self.parameters() if id(p) not in free],
                     "weight_decay": self.weight_decay,
                 },
-                {"params": [self.gate.constant, self.log_beta], "weight_decay": 0.0},
+                {"params": undecayed, "weight_decay": 0.0},
             ],
             lr=self.learning_rate,
         )
@@ -189,7 +239,7 @@ class PairDataModule(L.LightningDataModule):
         """Take the pairs of both sides.
 
         Args:
-            train: Prompt embeddings and reward differences to train on.
+            train: What `GatingTrainer` takes, to train on.
             held_out: The same for held-out prompts.
             batch_size: Pairs per step.
             seed: Of the order of the training pairs.
@@ -219,6 +269,9 @@ def fit_gating(
     objectives: Sequence[str],
     mixed: Sequence[int],
     folder: Path,
+    nuisance: Float[Tensor, "batch covariates"] | None = None,
+    nuisance_names: Sequence[str] = (),
+    weights: Float[Tensor, " batch"] | None = None,
     trainer: Callable[..., L.Trainer] = L.Trainer,
     log: Literal["csv", "tensorboard"] = "csv",
     progress: bool = True,
@@ -246,6 +299,11 @@ def fit_gating(
         objectives: Names of the columns of `differences`.
         mixed: Columns that may get weight.
         folder: Where logs and checkpoints of the training go.
+        nuisance: Covariates of the chosen minus those of the rejected responses, any units. What
+            judges give to style is then explained by these, whose terms in the loss are dropped
+            at scoring, and the gate need not find it in the rewards.
+        nuisance_names: Columns of `nuisance`.
+        weights: Of the pairs in the loss; equal by default.
         trainer: Makes the Lightning trainer; its settings are the user's.
         log: Logger to use; `tensorboard` needs that package.
         progress: Whether to show a progress bar.
@@ -275,8 +333,15 @@ def fit_gating(
             f"distinct prompts, got {group_count}."
         )
     aside = shuffled < min(group_count - 1, max(1, round(held_out * group_count)))
-    prompts, values = prompts.float(), differences.float()
-    weights, beta = fit_constant_mix(differences[~aside], mixed=mixed)
+    if nuisance is None:
+        nuisance = differences[:, :0]
+    spread = nuisance[~aside].square().mean(0).sqrt()
+    nuisance = nuisance / torch.where(spread > 0, spread, 1.0)
+    if weights is None:
+        weights = torch.ones(len(prompts))
+    mix = fit_constant_mix(
+        differences[~aside], mixed=mixed, nuisance=nuisance[~aside], weights=weights[~aside]
+    )
     gate = GatingNetwork(
         dim=prompts.shape[1],
         objectives=differences.shape[1],
@@ -286,8 +351,14 @@ def fit_gating(
         dropout=dropout,
         temperature=temperature,
     )
-    gate.start_from(weights=weights, prompts=prompts[~aside])
-    module = GatingTrainer(gate, beta=beta, learning_rate=learning_rate, weight_decay=weight_decay)
+    gate.start_from(weights=mix.weights, prompts=prompts[~aside].float())
+    module = GatingTrainer(
+        gate,
+        beta=mix.beta,
+        style=mix.style,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+    )
     start = copy.deepcopy(module.state_dict())
     checkpoint = ModelCheckpoint(folder / "checkpoints", monitor="val_loss", mode="min")
     callbacks: list[Callback] = [
@@ -302,11 +373,12 @@ def fit_gating(
         enable_progress_bar=progress,
         enable_model_summary=False,
     )
-    held = values[aside], prompts[aside]
-    constant_loss, constant_accuracy = _evaluate(module, held[1], held[0])
+    tensors = [part.float() for part in (prompts, differences, nuisance, weights)]
+    held = [part[aside] for part in tensors]
+    constant_loss, constant_accuracy = _evaluate(module, held)
     data = PairDataModule(
-        Pairs(prompts[~aside], values[~aside]),
-        Pairs(prompts[aside], values[aside]),
+        Pairs(*(part[~aside] for part in tensors)),
+        Pairs(*held),
         batch_size=batch_size,
         seed=seed,
     )
@@ -314,7 +386,7 @@ def fit_gating(
     best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
     module = module.cpu()
     module.load_state_dict(best["state_dict"])
-    loss, accuracy = _evaluate(module, held[1], held[0])
+    loss, accuracy = _evaluate(module, held)
     epochs = int(best["epoch"]) + 1
     if loss >= constant_loss:
         logger.info("No epoch beat the best constant mix on held-out prompts; it is kept.")
@@ -325,12 +397,13 @@ def fit_gating(
         pairs=int((~aside).sum()),
         held_out_pairs=int(aside.sum()),
         epochs=epochs,
-        constant_weights=dict(zip(objectives, weights.tolist(), strict=True)),
+        constant_weights=dict(zip(objectives, mix.weights.tolist(), strict=True)),
         constant_loss=constant_loss,
         constant_accuracy=constant_accuracy,
         loss=loss,
         accuracy=accuracy,
         beta=float(module.log_beta.detach().exp()),
+        style=dict(zip(nuisance_names, module.style.detach().tolist(), strict=True)),
     )
     return gate.eval(), summary
 
@@ -350,14 +423,9 @@ def load_gating(folder: Path, name: str) -> tuple[GatingNetwork, GatingSummary]:
 
 
 @torch.no_grad()
-def _evaluate(
-    module: GatingTrainer,
-    prompts: Float[Tensor, "batch dim"],
-    differences: Float[Tensor, "batch objectives"],
-) -> tuple[float, float]:
+def _evaluate(module: GatingTrainer, pairs: Sequence[Tensor]) -> tuple[float, float]:
     module.eval()
-    scores = module(prompts, differences)
-    loss = bradley_terry_loss(scores, beta=module.log_beta.exp())
+    loss, scores = module.loss(*pairs)
     module.train()
     return float(loss), float((scores > 0).double().mean())
 

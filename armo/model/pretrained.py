@@ -11,10 +11,11 @@ from torch import Tensor
 from armo.artifacts import ArtifactError, read_json, read_tensors
 from armo.data.conversation import Message
 from armo.data.objectives import ObjectiveSet
+from armo.data.surface import SURFACE_FEATURES, SURFACE_VERSION
 from armo.embed.spec import BackboneSpec
 from armo.fit.gating import GatingNetwork
 
-FORMAT = 1
+FORMAT = 2
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 GOLDEN = "golden.json"
@@ -29,11 +30,14 @@ class ModelConfig:
         objectives: With scales, in column order.
         backbone: Which language model, and how it is read.
         gate: Shape of the gating network, as its constructor spells it.
+        covariates: Surface features that the adjusted rewards are computed from beside the
+            embedding, if any.
     """
 
     objectives: ObjectiveSet
     backbone: BackboneSpec
     gate: dict[str, Any]
+    covariates: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `config.json`."""
@@ -43,6 +47,7 @@ class ModelConfig:
             "objectives": self.objectives.to_dicts(),
             "backbone": asdict(self.backbone),
             "gate": self.gate,
+            "covariates": {"version": SURFACE_VERSION, "names": list(self.covariates)},
         }
 
     @classmethod
@@ -67,6 +72,7 @@ class ModelConfig:
                 objectives=ObjectiveSet.from_dicts(values["objectives"]),
                 backbone=BackboneSpec(**values["backbone"]),
                 gate=values["gate"],
+                covariates=_covariates(**values["covariates"]),
             )
         except KeyError as error:
             raise ArtifactError(f"{path}: field {error} is missing") from None
@@ -90,6 +96,17 @@ class ModelConfig:
                 f"are columns {list(self.objectives.mixed_indices)} of {len(self.objectives.names)}"
             )
         return gate
+
+
+def _covariates(*, version: int, names: Sequence[str]) -> tuple[str, ...]:
+    if names and version != SURFACE_VERSION:
+        raise ValueError(
+            f"`covariates` were measured by version {version} of the surface features, this is "
+            f"version {SURFACE_VERSION}: install the armo that the model was made with"
+        )
+    if unknown := [name for name in names if name not in SURFACE_FEATURES]:
+        raise ValueError(f"`covariates` are unknown: {', '.join(unknown)}")
+    return tuple(names)
 
 
 def load_weights(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from armo.artifacts import ArtifactError, read_json, write_json, write_tensors, write_text
 from armo.data.conversation import Conversation, Message, Prompt
 from armo.data.objectives import ObjectiveSet
+from armo.data.surface import SURFACE_FEATURES, surface_features
 from armo.embed.backbone import Backbone, GroupEmbeddings, load_backbone
 from armo.embed.boundary import PromptGroup
 from armo.embed.spec import BackboneError
@@ -125,12 +126,14 @@ class ArmoRewardModel(nn.Module):
         self.objectives = objectives
         self.backbone = backbone
         self.folder: Path | None = None
+        self.covariates = transform.covariates
         self.gate = copy.deepcopy(gate).eval().requires_grad_(False).double()
         for name, tensor in {
             "head_weights": heads.weights,
             "head_intercepts": heads.intercepts,
             "adjusted_weights": transform.matrix,
             "adjusted_offset": transform.offset,
+            "adjusted_style": transform.style,
             "beta": torch.tensor(beta),
         }.items():
             self.register_buffer(name, tensor.double())
@@ -138,6 +141,7 @@ class ArmoRewardModel(nn.Module):
         self.head_intercepts: Tensor
         self.adjusted_weights: Tensor
         self.adjusted_offset: Tensor
+        self.adjusted_style: Tensor
         self.beta: Tensor
 
     @classmethod
@@ -172,6 +176,7 @@ class ArmoRewardModel(nn.Module):
             "head_intercepts": [count],
             "adjusted_weights": [count, dim],
             "adjusted_offset": [count],
+            "adjusted_style": [count, len(config.covariates)],
             "beta": [],
         }
         shapes |= {f"gate.{name}": list(t.shape) for name, t in gate.state_dict().items()}
@@ -185,7 +190,11 @@ class ArmoRewardModel(nn.Module):
             backbone=load_backbone(config.backbone, device=device, batch_tokens=batch_tokens),
             heads=ObjectiveHeads(names, tensors["head_weights"], tensors["head_intercepts"]),
             transform=RewardTransform(
-                names, tensors["adjusted_weights"], tensors["adjusted_offset"]
+                names,
+                tensors["adjusted_weights"],
+                tensors["adjusted_offset"],
+                config.covariates,
+                tensors["adjusted_style"],
             ),
             gate=gate,
             beta=float(tensors["beta"]),
@@ -282,12 +291,33 @@ class ArmoRewardModel(nn.Module):
         responses: Float[Tensor, "batch dim"],
         prompts: Float[Tensor, "batch dim"],
         *,
+        texts: Sequence[str] | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> RewardOutput:
-        """Score embeddings, each response beside the embedding of its prompt."""
+        """Score embeddings, each response beside the embedding of its prompt.
+
+        Args:
+            responses: Embeddings of the responses, each read after its prompt.
+            prompts: Embeddings of the prompts.
+            texts: The responses themselves; needed if the model has `covariates`, the surface
+                features that are measured on them.
+            weights: As for `score`.
+
+        Raises:
+            ValueError: If the texts are needed and not given, or are not one per response.
+        """
         h = responses.double()
         rewards = h @ self.head_weights.T + self.head_intercepts
         adjusted = h @ self.adjusted_weights.T + self.adjusted_offset
+        if self.covariates:
+            if texts is None or len(texts) != len(h):
+                raise ValueError(
+                    f"`texts` must be the {len(h)} responses themselves: this model measures "
+                    f"{', '.join(self.covariates)} on them"
+                )
+            columns = [SURFACE_FEATURES.index(name) for name in self.covariates]
+            measured = surface_features(texts)[:, columns].to(h.device)
+            adjusted = adjusted + measured @ self.adjusted_style.T
         if weights is None:
             gating_weights = self.gate(prompts.double())
         else:
@@ -312,16 +342,22 @@ class ArmoRewardModel(nn.Module):
             path: The folder; files of the same names are replaced.
             golden: A few conversations to store with their exact outputs, for `verify`.
             card: Text of the model card.
+
+        Raises:
+            ValueError: If a golden conversation has no score.
         """
         folder = Path(path)
-        config = ModelConfig(self.objectives, self.backbone.spec, self.gate.shape)
-        write_json(folder / CONFIG, config.to_dict())
-        write_tensors(folder / WEIGHTS, self.state_dict())
         conversations = [
             [{"role": m.role, "content": m.content} for m in parse_messages(messages)]
             for messages in golden
         ]
         out = self.score(conversations)
+        if bool(out.score.isnan().any()):
+            number = int(out.score.isnan().nonzero()[0])
+            raise ValueError(f"golden conversation {number} has no score: it is too long")
+        config = ModelConfig(self.objectives, self.backbone.spec, self.gate.shape, self.covariates)
+        write_json(folder / CONFIG, config.to_dict())
+        write_tensors(folder / WEIGHTS, self.state_dict())
         write_json(
             folder / GOLDEN,
             {
@@ -380,7 +416,8 @@ class ArmoRewardModel(nn.Module):
         if scale not in ("unit", "rating"):
             raise ValueError(f"`scale` must be unit or rating, got {scale!r}.")
         prompts, responses, truncated = self._embed(conversations, batch_size=batch_size)
-        out = self.score_embeddings(responses, prompts, weights=weights)
+        texts = [conversation.response for conversation in conversations]
+        out = self.score_embeddings(responses, prompts, texts=texts, weights=weights)
         skipped = responses.isnan().any(dim=1)
         weights_or_nan = out.gating_weights.masked_fill(skipped[:, None], torch.nan)
         out = replace(out, truncated=truncated, gating_weights=weights_or_nan)

@@ -5,23 +5,40 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from sklearn.linear_model import LogisticRegression
+from jaxtyping import Float
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from armo.data.objectives import ObjectiveSet
 from armo.data.surface import FORMAT_FEATURES
 from armo.embed.extract import EmbeddedData
-from armo.fit.decorrelation import RewardTransform
+from armo.fit.decorrelation import RewardTransform, style_logits
 from armo.fit.gating import GatingNetwork
-from armo.fit.heads import ObjectiveHeads
+from armo.fit.heads import FittedHeads
 from armo.report.metrics import (
     Interval,
+    bootstrap_contrasts,
+    bootstrap_correlation,
     bootstrap_interval,
     pairwise_accuracy,
     rank_correlation,
     within_prompt_correlation,
 )
+
+MARKS = (
+    "list_items",
+    "bold",
+    "italic",
+    "headings",
+    "links",
+    "code_blocks",
+    "inline_code",
+    "tables",
+    "emoji",
+)
+"""Surface features whose sum says which of two responses is more formatted."""
 
 DECIDED = 0.6
 """Preference probability from which style counts as deciding a counterfactual pair."""
@@ -78,7 +95,7 @@ class Mix:
 def evaluate(
     data: EmbeddedData,
     *,
-    heads: ObjectiveHeads,
+    heads: FittedHeads,
     mix: Mix,
     undecorrelated: Mix,
     constant_weights: Float[Tensor, " objectives"],
@@ -97,11 +114,12 @@ def evaluate(
         seed: Of the bootstrap.
     """
     after, before = _Scored(data, mix), _Scored(data, undecorrelated)
-    tables = [_objective_table(data, heads)]
+    tables = _objective_tables(data, heads, seed=seed)
     if bool(data.tables.pairs_test.any()):
         tables += [
             _rival_table(data, after, before, constant_weights, seed=seed),
             _category_table(data, after, constant_weights, seed=seed),
+            _quarter_table(data, after, before, seed=seed),
             _style_table(data, after, before),
         ]
         if pairs := _counterfactual_pairs(data):
@@ -117,34 +135,6 @@ def evaluate(
     return Evaluation(tuple(tables))
 
 
-def style_differences(
-    covariates: Float[Tensor, "responses covariates"],
-    chosen: Int[Tensor, " pairs"],
-    rejected: Int[Tensor, " pairs"],
-    train: Int[Tensor, " train"],
-    test: Int[Tensor, " test"],
-) -> Float[Tensor, " test"]:
-    """Score differences of a logistic model that sees surface features alone.
-
-    Args:
-        covariates: The features to use, per response.
-        chosen: Chosen response of each pair.
-        rejected: Rejected response of each pair.
-        train: Pairs to fit on.
-        test: Pairs to predict.
-    """
-    differences = covariates[chosen] - covariates[rejected]
-    spread = differences[train].square().mean(0).sqrt()
-    if not bool((spread > 0).any()):
-        return torch.zeros(len(test), dtype=torch.float64)  # nothing to tell them apart by
-    differences = differences[:, spread > 0] / spread[spread > 0]
-    x = differences[train].numpy()
-    # Both orders of each pair: the model has no intercept, so order must not matter.
-    model = LogisticRegression(fit_intercept=False, max_iter=1000)
-    model.fit([*x, *-x], [1] * len(x) + [0] * len(x))
-    return torch.from_numpy(differences[test].numpy() @ model.coef_[0])
-
-
 class _Scored:
     """Scores of all responses under one mix."""
 
@@ -152,7 +142,8 @@ class _Scored:
         count = data.responses.rows
         self.adjusted = torch.empty(count, len(data.objectives.names), dtype=torch.float64)
         for rows, embeddings in data.responses.batches(torch.arange(count)):
-            self.adjusted[rows] = mix.transform.adjusted(embeddings)
+            style = data.style(rows, mix.transform.covariates)
+            self.adjusted[rows] = mix.transform.adjusted(embeddings, style)
         prompts = data.prompts.read(torch.arange(data.prompts.rows))
         self.prompt_weights = mix.weights(prompts).double()
         self.weights = self.prompt_weights[data.tables.prompt_of_response]
@@ -160,35 +151,118 @@ class _Scored:
         self.beta = mix.beta
 
 
-def _objective_table(data: EmbeddedData, heads: ObjectiveHeads) -> Table:
-    tables, test = data.tables, data.tables.ratings_test
-    rewards = heads.rewards(data.responses.read(tables.ratings_response[test]))
-    rows: list[tuple[Any, ...]] = []
+def _objective_tables(data: EmbeddedData, fitted: FittedHeads, *, seed: int) -> list[Table]:
+    """How well each head ranks, and how far it is off, beside the mean and a model of style."""
+    tables = data.tables
+    test, train = tables.ratings_test, tables.ratings_train
+    responses = tables.ratings_response[test]
+    embeddings = data.responses.read(responses)
+    groups = tables.group_of_response[responses]
+    rewards = fitted.heads.rewards(embeddings)
+    uncertainty = fitted.uncertainty
+    low, high = (rewards, rewards) if uncertainty is None else uncertainty.interval(embeddings)
+    ranking: list[tuple[Any, ...]] = []
+    errors: list[tuple[Any, ...]] = []
     for k, objective in enumerate(data.objectives.objectives):
-        ratings, train = tables.ratings[test][:, k], tables.ratings[tables.ratings_train][:, k]
-        rated = ~ratings.isnan()
-        slope = abs(objective.scale[1])
-        if int(rated.sum()) < 2:
-            rows.append((objective.name, int(rated.sum()), None, None, None))
+        ratings, known = tables.ratings[test][:, k], tables.ratings[train][:, k]
+        rated, trained = ~ratings.isnan(), ~known.isnan()
+        count, penalty = int(rated.sum()), fitted.summaries[k].alpha
+        if count < 2 or not bool(trained.any()):
+            ranking.append((objective.name, count, penalty, *([None] * 6)))
+            errors.append((objective.name, *([None] * 7)))
             continue
-        truth, predicted = ratings[rated], rewards[rated, k]
-        mean = train[~train.isnan()].mean()
-        rows.append(
+        truth, predicted, prompts = ratings[rated], rewards[rated, k], groups[rated]
+        mean = known[trained].mean()
+        style = _style_ridge(
+            tables.covariates[tables.ratings_response[train][trained]],
+            known[trained],
+            tables.covariates[responses[rated]],
+        )
+        off, mean_off, style_off = (
+            abs(objective.scale[1]) * (guess - truth).abs() for guess in (predicted, mean, style)
+        )
+        centred = predicted - predicted.mean()
+        products = float(centred @ (truth - truth.mean()))
+        spread = float(centred.norm())
+        ranking.append(
             (
                 objective.name,
-                int(rated.sum()),
-                rank_correlation(predicted, truth),
-                slope * float((predicted - truth).abs().mean()),
-                slope * float((mean - truth).abs().mean()),
+                count,
+                penalty,
+                *_spread(bootstrap_correlation(predicted, truth, prompts, seed=seed)),
+                rank_correlation(style, truth),
+                products / max(spread * float((truth - truth.mean()).norm()), 1e-30),
+                products / max(spread**2, 1e-30),
             )
         )
-    return Table(
-        "objectives",
-        "Rewards against ratings",
-        ("objective", "ratings", "Spearman", "error", "error of the mean"),
-        tuple(rows),
-        "Test prompts. Errors are mean absolute, on each source's own scale.",
-    )
+        gain = bootstrap_interval(mean_off - off, prompts, seed=seed)
+        inside = (low[rated, k] <= truth) & (truth <= high[rated, k])
+        width = abs(objective.scale[1]) * (high - low)[rated, k]
+        errors.append(
+            (
+                objective.name,
+                float(off.mean()),
+                float(mean_off.mean()),
+                float(style_off.mean()),
+                gain.low,
+                gain.high,
+                None if uncertainty is None else float(inside.double().mean()),
+                None if uncertainty is None else float(width.mean()),
+            )
+        )
+    return [
+        Table(
+            "objectives",
+            "Rewards against ratings: do they rank alike?",
+            (
+                "objective",
+                "ratings",
+                "penalty",
+                "Spearman",
+                "from",
+                "to",
+                "style alone",
+                "Pearson",
+                "slope",
+            ),
+            tuple(ranking),
+            "Test prompts, 95 % bootstrap intervals over prompts. Style alone: Spearman of a ridge "
+            "regression on measured length and format. Slope of the ratings on the rewards: 1 is "
+            "calibrated, below 1 rewards are too extreme.",
+        ),
+        Table(
+            "errors",
+            "Rewards against ratings: how far off?",
+            (
+                "objective",
+                "error",
+                "of the mean",
+                "of style alone",
+                "better than the mean by",
+                "to",
+                "in the interval",
+                "its width",
+            ),
+            tuple(errors),
+            "Test prompts. Errors are mean absolute, on each source's own scale"
+            + (
+                "."
+                if uncertainty is None
+                else f"; intervals are to hold {1 - uncertainty.miscoverage:.0%} of the ratings."
+            ),
+        ),
+    ]
+
+
+def _style_ridge(
+    covariates: Float[Tensor, "train covariates"],
+    ratings: Float[Tensor, " train"],
+    test: Float[Tensor, "test covariates"],
+) -> Float[Tensor, " test"]:
+    """Predict ratings from measured length and format alone."""
+    model = make_pipeline(StandardScaler(), Ridge(alpha=1.0))
+    model.fit(covariates.double().numpy(), ratings.numpy())
+    return torch.from_numpy(model.predict(test.double().numpy()))
 
 
 def _rival_table(
@@ -208,7 +282,9 @@ def _rival_table(
     length = [data.covariates.index("log_length")]
 
     def style(columns: Sequence[int]) -> Float[Tensor, " test"]:
-        return style_differences(tables.covariates[:, list(columns)], chosen, rejected, train, test)
+        covariates = tables.covariates[:, list(columns)]
+        differences = covariates[chosen] - covariates[rejected]
+        return style_logits(differences[train], differences[test])
 
     def difference(scores: Float[Tensor, " responses"]) -> Float[Tensor, " test"]:
         return scores[chosen[test]] - scores[rejected[test]]
@@ -284,6 +360,53 @@ def _category_table(
         "Test pairs."
         if len(shown) == len(mixed)
         else f"Test pairs. The {len(shown)} objectives of {len(mixed)} with most weight.",
+    )
+
+
+def _quarter_table(data: EmbeddedData, after: _Scored, before: _Scored, *, seed: int) -> Table:
+    tables = data.tables
+    test = tables.pairs_test
+    chosen, rejected = tables.pairs_chosen[test], tables.pairs_rejected[test]
+    covariates = tables.covariates[chosen] - tables.covariates[rejected]
+    longer = covariates[:, data.covariates.index("log_length")]
+    formatted = covariates[:, [data.covariates.index(name) for name in MARKS]].sum(1)
+    quarters = {
+        "longer": longer > 0,
+        "shorter": longer < 0,
+        "more formatted": formatted > 0,
+        "plainer": formatted < 0,
+    }
+    there = [name for name, pairs in quarters.items() if bool(pairs.any())]
+    rows = {name: [float(name == other) for other in there] for name in there}
+    if len(there) == len(quarters):
+        rows |= {
+            "mean of the four": [0.25] * 4,
+            "longer less shorter": [1.0, -1.0, 0.0, 0.0],
+            "more formatted less plainer": [0.0, 0.0, 1.0, -1.0],
+        }
+    groups = tables.group_of_response[chosen]
+    columns = []
+    for scored in (before, after) if there else ():
+        credit = pairwise_accuracy(scored.score[chosen] - scored.score[rejected])
+        inside = torch.stack([quarters[name] for name in there], dim=1)
+        parts = torch.where(inside, credit[:, None], torch.nan)
+        contrasts = torch.tensor(list(rows.values()), dtype=torch.float64)
+        columns.append(bootstrap_contrasts(parts, contrasts, groups, seed=seed))
+    return Table(
+        "quarters",
+        "Accuracy by the style of the chosen response, before and after decorrelation",
+        ("chosen", "pairs", "before", "from", "to", "after", "after, from", "after, to"),
+        tuple(
+            (
+                name,
+                int(quarters[name].sum()) if name in quarters else None,
+                *_spread(old),
+                *_spread(new),
+            )
+            for name, old, new in zip(rows, *columns, strict=True)
+        ),
+        "Test pairs, 95 % bootstrap intervals over prompts. A score that follows style is right "
+        f"where the judges did and wrong elsewhere. Formatting counts {', '.join(MARKS)}.",
     )
 
 

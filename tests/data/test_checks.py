@@ -146,6 +146,37 @@ def test_an_objective_without_ratings_is_an_error_whatever_the_minimum(rows, min
         check_objectives(table(*rows).reshape(-1, 2), OBJECTIVES, min_ratings=min_ratings)
 
 
+def test_judgements_count_beside_ratings():
+    ratings = table({"honesty": 1, "safety": 2}, {"honesty": 2})
+    nan = math.nan
+    judgements = torch.tensor([[nan, 0.9], [nan, nan], [nan, 0.5]])
+    check_objectives(ratings, OBJECTIVES, min_ratings=2, judgements=judgements[:2])
+    ratings = table({"honesty": 1, "safety": 2}, *[{"honesty": k} for k in range(1, 5)])
+    message = r"'safety' has 1 ratings and 2 judgements .*, fewer than `data\.min_ratings=4`"
+    with pytest.raises(DataError, match=message):
+        check_objectives(ratings, OBJECTIVES, min_ratings=4, judgements=judgements)
+
+
+def test_an_objective_may_have_judgements_alone():
+    ratings = table({"honesty": 1}, {"honesty": 2})
+    judgements = torch.tensor([[math.nan, 1.0], [math.nan, 1.0]])
+    check_objectives(ratings, OBJECTIVES, min_ratings=2, judgements=judgements)
+    with pytest.raises(DataError, match="'safety' has 0 ratings on"):
+        check_objectives(ratings, OBJECTIVES, min_ratings=2)
+    with pytest.raises(DataError, match="'safety' has nothing but ties"):
+        check_objectives(
+            ratings, OBJECTIVES, min_ratings=2, judgements=torch.full_like(judgements, 0.5)
+        )
+
+
+def test_a_constant_rating_can_be_learned_from_beside_judgements():
+    ratings = table({"honesty": 1, "safety": 4}, {"honesty": 2, "safety": 4})
+    judgements = torch.tensor([[math.nan, 0.5], [math.nan, 0.3]])
+    check_objectives(ratings, OBJECTIVES, min_ratings=2, judgements=judgements)
+    with pytest.raises(DataError, match="'safety' has the one rating 4 on all"):
+        check_objectives(ratings, OBJECTIVES, min_ratings=2, judgements=judgements[:1])
+
+
 def test_a_constant_objective_is_named_with_the_rating_as_the_file_has_it():
     ratings = table({"honesty": 1, "safety": 4}, {"honesty": 2, "safety": 4})
     with pytest.raises(DataError, match="'safety' has the one rating 4 on all"):

@@ -65,6 +65,10 @@ def ratings_of(path):
     return load_ratings(path, objectives=OBJECTIVES)
 
 
+def judged_pairs(path):
+    return load_pairs(path, objectives=OBJECTIVES)
+
+
 def streamed_ratings(path):
     return stream_ratings(path, objectives=OBJECTIVES)
 
@@ -207,6 +211,34 @@ def test_optional_fields_are_kept(write):
     assert (row.margin, row.category, row.split) == (2.0, "how_to", "test")
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_weights_and_judgements_are_kept_and_may_be_null(write, suffix):
+    rows = [
+        {**PAIR, "weight": 2, "judgements": {"honesty": 0.75, "safety": None}},
+        {**PAIR, "id": "b", "weight": None, "judgements": {"honesty": None, "safety": 1}},
+        {**PAIR, "id": "c", "weight": 0.0, "judgements": None},
+    ]
+    loaded = load_pairs(write(f"rows.{suffix}", rows), objectives=OBJECTIVES)
+    assert [row.weight for row in loaded] == [2.0, 1.0, 0.0]
+    assert [row.judgements for row in loaded] == [{"honesty": 0.75}, {"safety": 1.0}, {}]
+    rows = [{**RATING, "weight": 0.5}, {**RATING, "id": "b", "weight": None}]
+    assert [row.weight for row in ratings_of(write(f"rated.{suffix}", rows))] == [0.5, 1.0]
+
+
+def test_rows_weigh_one_and_judge_nothing_by_themselves(write):
+    (row,) = load_pairs(write("rows.jsonl", [PAIR]))
+    assert (row.weight, row.judgements) == (1.0, {})
+    (rated,) = ratings_of(write("rated.jsonl", [RATING]))
+    assert rated.weight == 1.0
+
+
+def test_without_declared_objectives_any_may_be_judged(write):
+    path = write("rows.jsonl", [{**PAIR, "judgements": {"humour": 0.5}}])
+    assert load_pairs(path)[0].judgements == {"humour": 0.5}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: objective 'humour' is not declared"):
+        load_pairs(path, objectives=OBJECTIVES)
+
+
 def test_line_separators_inside_a_text_do_not_split_the_row(write):
     text = "one\u2028two\u0085three\r\nfour"
     line = json.dumps({**PAIR, "chosen": text}, ensure_ascii=False)
@@ -295,6 +327,43 @@ BAD_ROWS = {
     ),
     "margin in words": (load_pairs, {**PAIR, "margin": "big"}, "`margin` is not a number: 'big'"),
     "NaN margin": (load_pairs, {**PAIR, "margin": float("nan")}, "`margin` is not a number"),
+    "margin beyond every float": (load_pairs, {**PAIR, "margin": 10**400}, "`margin` is too large"),
+    "negative weight": (load_pairs, {**PAIR, "weight": -1}, "`weight` must be a finite number"),
+    "NaN weight": (ratings_of, {**RATING, "weight": float("nan")}, "`weight` must be a finite"),
+    "infinite weight": (ratings_of, {**RATING, "weight": float("inf")}, "`weight` must be a fin"),
+    "weight beyond every float": (ratings_of, {**RATING, "weight": 10**400}, "`weight` is too lar"),
+    "weight in words": (ratings_of, {**RATING, "weight": "2"}, "`weight` is not a number: '2'"),
+    "boolean weight": (load_pairs, {**PAIR, "weight": True}, "`weight` is not a number: True"),
+    "judgement above one": (
+        load_pairs,
+        {**PAIR, "judgements": {"honesty": 1.01}},
+        "judgement of 'honesty' is 1.01; it is the probability in [0, 1] that `chosen` is better",
+    ),
+    "judgement below zero": (
+        load_pairs,
+        {**PAIR, "judgements": {"honesty": -1}},
+        "judgement of 'honesty' is -1.0",
+    ),
+    "NaN judgement": (
+        load_pairs,
+        {**PAIR, "judgements": {"honesty": float("nan")}},
+        "judgement of 'honesty' is nan",
+    ),
+    "boolean judgement": (
+        load_pairs,
+        {**PAIR, "judgements": {"honesty": True}},
+        "judgement of 'honesty' is not a number: True",
+    ),
+    "judgements not an object": (
+        load_pairs,
+        {**PAIR, "judgements": [0.5]},
+        "field `judgements` must be a dict",
+    ),
+    "undeclared objective in a judgement": (
+        judged_pairs,
+        {**PAIR, "judgements": {"humour": 0.5}},
+        "objective 'humour' is not declared; add it to `data.objectives`",
+    ),
     "unknown split": (
         load_pairs,
         {**PAIR, "split": "dev"},
@@ -354,7 +423,7 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize(("load", "bad", "words"), BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_bad_row_is_named_by_file_and_line(write, load, bad, words):
-    good = {ratings_of: RATING, load_pairs: PAIR, load_lists: LIST, load_scorable: PAIR}[load]
+    good = {ratings_of: RATING, load_lists: LIST}.get(load, PAIR)
     path = write("rows.jsonl", [good, {"id": "b", **bad} if load is load_scorable else bad])
     with pytest.raises(DataError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(words)):
         load(path)

@@ -177,6 +177,10 @@ def shard_digests(folder):
     return {path.name: digest_file(path) for path in folder.glob("shard-*.safetensors")}
 
 
+def covariate_digests(folder):
+    return {path.name: digest_file(path) for path in folder.glob("covariates-*.safetensors")}
+
+
 def assert_same_files(folder, other):
     """The same bytes in every file, and the same tensors in them."""
     assert digests(folder) == digests(other)
@@ -255,7 +259,6 @@ def test_each_row_finds_the_covariates_of_its_own_text(data, columns, column):
 
 
 def test_a_prompt_with_more_responses_than_a_shard_holds_stays_whole(encoder, tmp_path):
-    # More than a thousand, which is how many texts are measured at a time.
     ratings = [
         rate(f"r{k}", DOG, "- Yes!\n" * (k % 7) + f"**{k}**", honesty=1 + k % 5, harm=k % 11)
         for k in range(1100)
@@ -268,6 +271,53 @@ def test_a_prompt_with_more_responses_than_a_shard_holds_stays_whole(encoder, tm
     measured = surface_features([row.responses[0] for row in ratings])
     assert torch.equal(data.tables.covariates[numbers], measured)
     assert len(data.tables.covariates) == data.responses.rows == 1105
+
+
+def test_weights_judgements_and_sources_reach_the_tables(encoder, tmp_path):
+    ratings = [dataclasses.replace(row, weight=k / 2) for k, row in enumerate(RATINGS, start=1)]
+    ratings[3] = dataclasses.replace(ratings[3], source="a judge")
+    pairs = [
+        dataclasses.replace(PAIRS[0], judgements={"harm": 0.25, "verbosity": 1.0}, weight=3.0),
+        dataclasses.replace(PAIRS[1], source="experts"),
+        dataclasses.replace(PAIRS[2], judgements={"honesty": 0.5}, weight=0.0),
+    ]
+    data = embed(tmp_path, WatchedBackbone(encoder), ratings=ratings, pairs=pairs)
+    assert data.sources == ("a judge", "experts", "raters")
+    assert data.tables.ratings_source.tolist() == [2, 2, 2, 0, 2, 2]
+    assert data.tables.pairs_source.tolist() == [2, 1, 2]
+    assert data.tables.ratings_weight.tolist() == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    assert data.tables.pairs_weight.tolist() == [3.0, 1.0, 0.0]
+    nan = math.nan
+    expected = torch.tensor([[nan, 0.25, 1.0], [nan, nan, nan], [0.5, nan, nan]]).double()
+    torch.testing.assert_close(
+        data.tables.pairs_judgements, expected, equal_nan=True, rtol=0, atol=0
+    )
+
+
+def test_rows_weigh_one_where_nothing_else_is_said(data):
+    assert data.sources == ("raters",)
+    assert data.tables.ratings_weight.tolist() == [1.0] * 6
+    assert data.tables.pairs_weight.tolist() == [1.0] * 3
+    assert data.tables.pairs_judgements.isnan().all()
+    assert data.tables.pairs_judgements.shape == (3, 3)
+
+
+def test_an_objective_may_be_judged_in_pairs_alone(encoder, tmp_path):
+    plain = [
+        dataclasses.replace(row, ratings={n: r for n, r in row.ratings.items() if n != "verbosity"})
+        for row in RATINGS
+    ]
+    judged = [dataclasses.replace(row, judgements={"verbosity": 0.9}) for row in PAIRS]
+    with pytest.raises(DataError, match="'verbosity' has 0 ratings"):
+        embed(tmp_path, WatchedBackbone(encoder), ratings=plain)
+    data = embed(tmp_path, WatchedBackbone(encoder), ratings=plain, pairs=judged, min_ratings=2)
+    assert data.tables.ratings[:, 2].isnan().all()
+    # Two pairs are on the training side; and one that weighs nothing teaches nothing.
+    with pytest.raises(DataError, match="'verbosity' has 0 ratings and 2 judgements"):
+        embed(tmp_path, WatchedBackbone(encoder), ratings=plain, pairs=judged, min_ratings=3)
+    judged[1] = dataclasses.replace(judged[1], weight=0.0)
+    with pytest.raises(DataError, match="'verbosity' has 0 ratings and 1 judgements"):
+        embed(tmp_path, WatchedBackbone(encoder), ratings=plain, pairs=judged, min_ratings=2)
 
 
 def test_shared_prompts_and_responses_are_embedded_once(encoder, tmp_path):
@@ -684,6 +734,136 @@ def test_a_damaged_shard_is_named_and_made_again_and_the_others_are_kept(
     assert_same_files(tmp_path, undisturbed)
 
 
+# Covariates, which are measured while the model runs
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The texts that are measured, in order, by shard."""
+    shards = []
+
+    def measure(texts):
+        shards.append(list(texts))
+        return surface_features(texts)
+
+    monkeypatch.setattr(extract, "surface_features", measure)
+    return shards
+
+
+def test_each_text_is_measured_once_and_before_the_last_shard_is_embedded(
+    encoder, tmp_path, measured
+):
+    class Noting(WatchedBackbone):
+        def embed_chunks(self, chunks, **options):
+            for embedded in super().embed_chunks(chunks, **options):
+                counts.append(len(measured))
+                yield embedded
+
+    counts = []
+    embed(tmp_path, Noting(encoder), **corpus())
+    texts = [text for shard in measured for text in shard]
+    assert len(texts) == len(set(texts)) == 36
+    # At most one shard ahead; nothing is left to measure when the last one is embedded.
+    assert all(done <= number + 2 for number, done in enumerate(counts, start=1))
+    assert counts[-1] == len(measured) == 16
+
+
+@pytest.mark.parametrize("shards", [0, 9])
+def test_texts_that_were_measured_before_a_cut_are_not_measured_again(
+    encoder, undisturbed, tmp_path, measured, shards
+):
+    with pytest.raises(RuntimeError, match="cut off"):
+        embed(tmp_path, WatchedBackbone(encoder, shards=shards), **corpus())
+    kept = covariate_digests(tmp_path)
+    assert shards <= len(kept) == len(measured) < 16
+    assert kept.items() <= covariate_digests(undisturbed).items()
+    embed(tmp_path, WatchedBackbone(encoder), **corpus())
+    assert len(measured) == 16
+    assert_same_files(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["flip", "lose"])
+def test_covariates_that_are_damaged_are_measured_again_without_embedding(
+    encoder, undisturbed, tmp_path, measured, damage, caplog
+):
+    embed(tmp_path, WatchedBackbone(encoder), **corpus())
+    measured.clear()
+    path = tmp_path / "covariates-00007.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x40
+    path.unlink() if damage == "lose" else path.write_bytes(content)
+    watched = WatchedBackbone(encoder, shards=0)
+    embed(tmp_path, watched, **corpus())
+    assert watched.shards == []
+    assert len(measured) == 1
+    assert (f"{path} is damaged; it is made again" in caplog.text) == (damage != "lose")
+    assert_same_files(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("change", ["version", "names"])
+def test_other_features_are_measured_without_embedding_again(
+    encoder, undisturbed, tmp_path, monkeypatch, caplog, change
+):
+    caplog.set_level(logging.INFO, "armo")
+    embed(tmp_path, WatchedBackbone(encoder), **corpus())
+    if change == "version":
+        names = SURFACE_FEATURES
+        monkeypatch.setattr(extract, "SURFACE_VERSION", -1)
+    else:
+        names = ("characters", "letters e")
+        monkeypatch.setattr(extract, "SURFACE_FEATURES", names)
+
+    def measure(texts):
+        rows = [[float(len(text)), float(text.count("e"))] for text in texts]
+        return torch.tensor(rows, dtype=torch.float64).repeat(1, 8)[:, : len(names)]
+
+    monkeypatch.setattr(extract, "surface_features", measure)
+    watched = WatchedBackbone(encoder, shards=0)
+    rows = corpus()
+    data = embed(tmp_path, watched, **rows)
+    assert watched.shards == []
+    assert shard_digests(tmp_path) == shard_digests(undisturbed)
+    assert "deleted 16 shards of other covariates" in caplog.text
+    assert data.covariates == names
+    found = data.tables.covariates[data.tables.ratings_response]
+    assert torch.equal(found, measure([row.responses[0] for row in rows["ratings"]]))
+
+
+def test_another_backbone_measures_nothing_again(encoder, tmp_path, measured):
+    embed(tmp_path, WatchedBackbone(encoder), **corpus())
+    measured.clear()
+    watched = WatchedBackbone(encoder, max_tokens=90)
+    embed(tmp_path, watched, **corpus())
+    assert len(watched.shards) == 16
+    assert measured == []
+
+
+def test_a_text_that_is_too_long_to_embed_is_measured_all_the_same(encoder, tmp_path):
+    long = rate("long", FOX, LONG, honesty=1.0)
+    rows = {"ratings": [*RATINGS, long]}
+    data = embed(tmp_path, WatchedBackbone(encoder, on_overlong="skip"), **rows)
+    number = data.tables.ratings_response[-1:]
+    assert data.responses.missing()[number].all()
+    assert torch.equal(data.tables.covariates[number], surface_features([LONG]))
+
+
+@pytest.mark.usefixtures("not_a_terminal")
+def test_progress_is_shown_where_only_covariates_are_missing(
+    encoder, tmp_path, caplog, monkeypatch
+):
+    embed(tmp_path, WatchedBackbone(encoder), **corpus())
+    caplog.set_level(logging.INFO, "armo")
+    monkeypatch.setattr(extract, "LOG_EVERY_S", 0.0)
+    monkeypatch.setattr(extract, "LOOK_EVERY_S", 0.0)
+    for path in sorted(tmp_path.glob("covariates-*"))[4:]:
+        path.unlink()
+    embed(tmp_path, WatchedBackbone(encoder, shards=0), **corpus())
+    counts = [int(rows) for rows in re.findall(r"(\d+) of 36 responses, about", caplog.text)]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 8
+    assert counts[-1] == 36
+
+
 # Rows that are left out
 
 
@@ -925,6 +1105,7 @@ def test_a_run_that_is_killed_over_and_over_ends_as_an_undisturbed_one(
         # Whatever a reader finds under the name of a shard is the whole shard.
         found = shard_digests(tmp_path)
         assert found.items() <= expected.items()
+        assert covariate_digests(tmp_path).items() <= covariate_digests(undisturbed).items()
         seen.append((process.exitcode, len(found)))
     assert seen[0][0] == -9
     assert seen[0][1] < 16
@@ -1006,7 +1187,7 @@ def many_rows(count, words):
 
 
 def report_peak(folder, spec, count, words, result):
-    # They take most of the time, and nothing of the memory that lasts.
+    # They take much of the time, and nothing of the memory that lasts.
     extract.surface_features = lambda texts: torch.zeros(len(texts), len(SURFACE_FEATURES))
     embed_rows(
         folder,
@@ -1065,6 +1246,7 @@ class LoggedBackbone(Backbone):
             with self.log.open("a") as file:
                 for group in read[number]:
                     file.write(f"{os.getpid()} {group.prompt[0].content}\n")
+            time.sleep(0.05)  # lest one has finished before the other has begun
             yield embedded
 
 
@@ -1077,11 +1259,18 @@ def load_logged(spec, log, *, device):
 
 
 def test_two_processes_share_the_shards_and_one_goes_on_when_they_were_cut_off(
-    encoder, undisturbed, tmp_path
+    encoder, tmp_path, monkeypatch
 ):
     spec = dataclasses.replace(encoder.spec, on_overlong="error")
     folder, log = tmp_path / "embeddings", tmp_path / "log"
     load = partial(load_logged, spec, log)
+
+    def measure(texts):
+        with (tmp_path / "measured").open("a") as file:
+            file.write("".join(f"{os.getpid()} {text}\n" for text in texts))
+        return surface_features(texts)
+
+    monkeypatch.setattr(extract, "surface_features", measure)
     rows, broken = corpus(), corpus()
     row = broken["ratings"][27]
     assert row.id == "r13-1"
@@ -1104,6 +1293,10 @@ def test_two_processes_share_the_shards_and_one_goes_on_when_they_were_cut_off(
     lines = log.read_text().splitlines()
     assert 6 <= len(kept) <= len(lines) < 16
     assert len({line.split()[0] for line in lines}) == 2
+    # Each measures its own shards, and none twice.
+    texts = (tmp_path / "measured").read_text().splitlines()
+    assert {line.split()[0] for line in texts} == {line.split()[0] for line in lines}
+    assert len({line.split(maxsplit=1)[1] for line in texts}) == len(texts)
     assert len({line.split(maxsplit=1)[1] for line in lines}) == len(lines)
 
     strict = WatchedBackbone(encoder, on_overlong="error")
@@ -1210,6 +1403,11 @@ def write_shard(store, number):
     store.write(number, prompts=nothing(shard.prompts), responses=nothing(shard.responses))
 
 
+def progress_of(passing, missing, *, hidden=False):
+    store = passing.store
+    return extract._Progress(store.shards, missing, passing.spool, done=store.has, hidden=hidden)
+
+
 @pytest.mark.usefixtures("not_a_terminal")
 def test_the_time_left_follows_from_the_work_left_of_all_processes(passing, caplog):
     caplog.set_level(logging.INFO, "armo")
@@ -1217,7 +1415,7 @@ def test_the_time_left_follows_from_the_work_left_of_all_processes(passing, capl
     work = spool.response_bytes.reshape(16, 2).sum(1).double()
     write_shard(store, 0)
     missing = store.missing_shards()
-    with extract._Progress(store, missing, spool, hidden=False) as progress:
+    with progress_of(passing, missing) as progress:
         assert "2 of 32 responses are there already" in caplog.text
         passing.clock.now = 100.0
         # This process is at shard 1; another one has written 2, and 4, which is long.
@@ -1243,7 +1441,7 @@ def test_the_first_process_shows_progress_until_the_others_are_done(passing, mon
     for number in range(15):
         write_shard(store, number)
     late = threading.Timer(0.2, write_shard, (store, 15))
-    with extract._Progress(store, [14, 15], passing.spool, hidden=False) as progress:
+    with progress_of(passing, [14, 15]) as progress:
         late.start()
         progress.wait()
     assert store.missing_shards() == []
@@ -1253,7 +1451,7 @@ def test_the_first_process_shows_progress_until_the_others_are_done(passing, mon
 def test_other_processes_show_nothing_and_do_not_wait(passing, caplog, capsys):
     caplog.set_level(logging.INFO, "armo")
     missing = passing.store.missing_shards()
-    with extract._Progress(passing.store, missing, passing.spool, hidden=True) as progress:
+    with progress_of(passing, missing, hidden=True) as progress:
         for number, share in itertools.product(range(3), (0.5, 1.0)):
             passing.clock.now += 100
             progress.show(number, share)

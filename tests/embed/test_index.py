@@ -20,6 +20,7 @@ from armo.data.conversation import (
     prompt_group,
 )
 from armo.data.objectives import Objective, ObjectiveSet
+from armo.data.sources import DataError
 from armo.embed.boundary import PromptGroup
 from armo.embed.index import PROMPTS, RESPONSES, RowIndexer, TextSpool, spans
 
@@ -45,18 +46,20 @@ def plans(draw):
         split = split_of[" ".join(question.casefold().split())] if draw(st.booleans()) else None
         category = draw(st.sampled_from(("", "facts", "advice")))
         brief = draw(st.booleans())
+        source = draw(st.sampled_from(("s", "raters", "a judge")))
+        weight = draw(st.sampled_from((1.0, 0.0, 2.5)))
         return (
             {"id": f"{kind}{number}", "brief": brief, "question": question}
             | fields
-            | {
-                "split": split,
-                "category": category,
-            }
+            | {"split": split, "category": category, "source": source, "weight": weight}
         )
 
     answer = st.sampled_from(ANSWERS)
     rated = st.fixed_dictionaries(
         {}, optional={"honesty": st.integers(1, 5), "harm": st.integers(0, 10)}
+    )
+    judged = st.fixed_dictionaries(
+        {}, optional={"honesty": st.floats(0, 1), "harm": st.sampled_from((0.0, 0.5, 1.0))}
     )
     two = st.tuples(answer, answer).filter(lambda pair: pair[0].strip() != pair[1].strip())
     return (
@@ -64,7 +67,10 @@ def plans(draw):
             row("r", number, response=draw(answer), ratings=draw(rated))
             for number in range(draw(st.integers(0, 8)))
         ],
-        [row("p", number, pair=draw(two)) for number in range(draw(st.integers(0, 8)))],
+        [
+            row("p", number, pair=draw(two), judgements=draw(judged))
+            for number in range(draw(st.integers(0, 8)))
+        ],
         [
             row("l", number, responses=tuple(draw(st.lists(answer, min_size=1, max_size=3))))
             for number in range(draw(st.integers(0, 6)))
@@ -77,14 +83,16 @@ def build(plan):
     ratings, pairs, lists = [], [], []
     for kind in plan:
         for row in kind:
-            fields = {name: row[name] for name in ("id", "category", "split")} | {"source": "s"}
+            fields = {name: row[name] for name in ("id", "category", "split", "source")}
             system = (Message("system", "Be brief."),) if row["brief"] else ()
             prompt = (*system, Message("user", row["question"]))
             if "response" in row:
                 talk = Conversation(prompt, row["response"])
-                ratings.append(RatedResponse(conversation=talk, ratings=row["ratings"], **fields))
+                fields |= {"ratings": row["ratings"], "weight": row["weight"]}
+                ratings.append(RatedResponse(conversation=talk, **fields))
             elif "pair" in row:
                 chosen, rejected = row["pair"]
+                fields |= {"judgements": row["judgements"], "weight": row["weight"]}
                 pair = PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, **fields)
                 pairs.append(pair)
             else:
@@ -202,6 +210,36 @@ def test_rows_keep_the_order_of_their_files(tmp_path_factory, plan):
     assert [names[k] for k in found.lists_category] == [row.category for row in slow.lists]
     assert found.lists_of.tolist() == [k for k, r in enumerate(slow.lists) for _ in r.responses]
     assert found.unused_lists == len(lists) - len(slow.lists)
+
+
+@given(plans())
+def test_weights_sources_and_judgements_keep_their_rows(tmp_path_factory, plan):
+    ratings, pairs, _ = rows = build(plan)
+    _, found = index(tmp_path_factory.mktemp("texts"), *rows)
+    assert found.ratings_weight.tolist() == [row.weight for row in ratings]
+    assert found.pairs_weight.tolist() == [row.weight for row in pairs]
+    # Of lists, which are for evaluation, no source is kept.
+    assert list(found.sources) == sorted({row.source for row in [*ratings, *pairs]})
+    assert [found.sources[k] for k in found.ratings_source] == [row.source for row in ratings]
+    assert [found.sources[k] for k in found.pairs_source] == [row.source for row in pairs]
+    expected = [[row.judgements.get(name, math.nan) for name in OBJECTIVES.names] for row in pairs]
+    # As they are: that `chosen` is better means the good end, whichever end of the scale that is.
+    table = torch.tensor(expected, dtype=torch.float64).reshape(len(pairs), 2)
+    torch.testing.assert_close(found.pairs_judgements, table, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["ratings", "pairs"])
+def test_a_row_on_an_objective_that_is_not_declared_is_named(tmp_path, kind):
+    rows = {
+        "ratings": [rate("Why?", "Yes.", id="odd", humour=1)],
+        "pairs": [
+            PreferencePair(
+                "odd", "s", (Message("user", "Why?"),), "Yes.", "No.", judgements={"humour": 1.0}
+            )
+        ],
+    }
+    with pytest.raises(DataError, match=r"row 'odd': objective 'humour' is not declared"):
+        index(tmp_path, **{kind: rows[kind]})
 
 
 def test_lists_on_training_prompts_are_not_embedded(tmp_path):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from armo.artifacts import ArtifactError, write_tensors
-from armo.embed.store import Embeddings, EmbeddingStore, Shard
+from armo.embed.store import CovariateStore, Embeddings, EmbeddingStore, Shard
 
 DIM = 3
 SIZES = ((2, 3), (1, 4), (3, 2))  # prompts and responses of each shard
@@ -493,3 +493,118 @@ def test_reading_takes_the_memory_of_what_is_read_not_of_the_store(tmp_path):
     assert few < 50
     assert streamed < 200
     assert whole > 390
+
+
+# Covariates
+
+NAMES = ("length", "lists")
+
+
+def covariates_of(shard, rows):
+    generator = torch.Generator().manual_seed(100 + shard)
+    return torch.rand(rows, len(NAMES), generator=generator, dtype=torch.float64)
+
+
+def create_covariates(folder, sizes=SIZES, **changes):
+    return CovariateStore.create(
+        folder, **{"names": NAMES, "version": 1, "shards": plan(sizes), **changes}
+    )
+
+
+def fill_covariates(folder, sizes=SIZES):
+    store = create_covariates(folder, sizes)
+    for shard in store.missing_shards():
+        store.write(shard, covariates_of(shard, sizes[shard][1]))
+    return store
+
+
+def covariates_path(folder, shard):
+    return folder / f"covariates-{shard:05d}.safetensors"
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=5))
+def test_covariates_come_back_in_the_order_of_the_responses(tmp_path_factory, sizes):
+    folder = tmp_path_factory.mktemp("store")
+    fill_covariates(folder, sizes)
+    expected = [covariates_of(shard, rows) for shard, (_, rows) in enumerate(sizes)]
+    found = create_covariates(folder, sizes).read()
+    assert torch.equal(found, torch.cat([torch.zeros(0, 2, dtype=torch.float64), *expected]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"version": 2}, {"names": ("length", "links")}, {"names": NAMES[::-1]}, {"names": NAMES[:1]}],
+    ids=str,
+)
+def test_another_way_to_measure_deletes_the_covariates_and_keeps_the_embeddings(
+    tmp_path, change, caplog
+):
+    fill(tmp_path)
+    fill_covariates(tmp_path)
+    with caplog.at_level(logging.INFO, logger="armo"):
+        assert create_covariates(tmp_path, **change).missing_shards() == [0, 1, 2]
+    assert create(tmp_path).missing_shards() == []
+    assert [r.message for r in caplog.records] == [
+        f"{tmp_path}: deleted 3 shards of other covariates"
+    ]
+
+
+def test_another_backbone_deletes_the_embeddings_and_keeps_the_covariates(tmp_path):
+    fill(tmp_path)
+    fill_covariates(tmp_path)
+    assert create(tmp_path, fingerprint="another model").missing_shards() == [0, 1, 2]
+    assert create_covariates(tmp_path).missing_shards() == []
+
+
+@pytest.mark.parametrize("change", [{"texts": "other"}, {"responses": 3}], ids=str)
+def test_covariates_of_other_texts_are_deleted(tmp_path, change):
+    fill_covariates(tmp_path)
+    shards = list(plan())
+    shards[1] = replace(shards[1], **change)
+    assert create_covariates(tmp_path, shards=shards).missing_shards() == [1]
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda whole: whole[:-1], lambda whole: b""], ids=["cut", "empty"]
+)
+def test_damaged_covariates_are_named_and_made_again(tmp_path, harm, caplog):
+    store = fill_covariates(tmp_path)
+    path = covariates_path(tmp_path, 1)
+    path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(ArtifactError, match=r"covariates-00001\.safetensors: damaged"):
+        store.read()
+    assert create_covariates(tmp_path).missing_shards() == [1]
+    assert [r.message for r in caplog.records] == [f"{path} is damaged; it is made again"]
+
+
+def test_a_flipped_bit_in_covariates_is_found(tmp_path):
+    store = fill_covariates(tmp_path)
+    flip(covariates_path(tmp_path, 2), -1)
+    with pytest.raises(ArtifactError, match=r"covariates-00002\.safetensors: damaged"):
+        store.read()
+    assert create_covariates(tmp_path).missing_shards() == [2]
+
+
+def test_missing_and_foreign_covariates_are_named(tmp_path):
+    store = fill_covariates(tmp_path)
+    with pytest.raises(ArtifactError, match=r"covariates-00000\.safetensors: stale"):
+        replace(store, version=2).read()
+    covariates_path(tmp_path, 1).unlink()
+    assert store.missing_shards() == [1]
+    with pytest.raises(ArtifactError, match=r"covariates-00001\.safetensors: missing"):
+        store.read()
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (4, 1), (4, 3)])
+def test_covariates_that_do_not_fit_the_shard_are_not_written(tmp_path, shape):
+    store = create_covariates(tmp_path)
+    with pytest.raises(ValueError, match=r"`covariates` of shard 1 must have the shape \(4, 2\)"):
+        store.write(1, torch.zeros(shape))
+    assert not store.has(1)
+
+
+def test_a_full_disk_leaves_no_half_covariates(tmp_path):
+    store = create_covariates(tmp_path, ((1, 500),))
+    with largest_file(500), pytest.raises(OSError, match=r"too large: .*/covariates-00000"):
+        store.write(0, covariates_of(0, 500))
+    assert list(tmp_path.iterdir()) == []

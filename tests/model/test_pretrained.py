@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from armo.artifacts import ArtifactError
 from armo.data.conversation import Message
-from armo.embed.backbone import BackboneError
+from armo.data.surface import SURFACE_VERSION
+from armo.embed.backbone import Backbone, BackboneError
 from armo.model.pretrained import ModelConfig, parse_messages
 from armo.model.reward_model import ArmoRewardModel
 
@@ -22,11 +24,13 @@ GOLDEN = [
     conversation("Name a dog.", "The lazy one!"),
 ]
 MORE = [*GOLDEN, conversation("Is it safe? " * 30, "- one\n- two " * 30)]
+MEASURED = ("bold", "log_length")
 TENSORS = (
     "head_weights",
     "head_intercepts",
     "adjusted_weights",
     "adjusted_offset",
+    "adjusted_style",
     "beta",
     "gate.hidden.0.weight",
     "gate.hidden.0.bias",
@@ -43,15 +47,21 @@ def _offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-@pytest.fixture(scope="module", params=["encoder", "causal"])
+@pytest.fixture(
+    scope="module",
+    params=[("encoder", ()), ("causal", MEASURED)],
+    ids=["encoder", "causal, measuring"],
+)
 def made(request):
-    return make_model(request.getfixturevalue(request.param))
+    backbone, covariates = request.param
+    return make_model(request.getfixturevalue(backbone), covariates=covariates)
 
 
 @pytest.fixture(scope="module")
 def saved(encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
-    make_model(encoder).save_pretrained(folder, golden=GOLDEN, card="# A card\n")
+    model = make_model(encoder, covariates=MEASURED)
+    model.save_pretrained(folder, golden=GOLDEN, card="# A card\n")
     return folder
 
 
@@ -248,8 +258,19 @@ def test_a_backbone_that_is_nowhere_is_named(folder):
         (lambda config: config["gate"].pop("dim"), "dim"),
         (lambda config: config["gate"].update(objectives=4), "objectives"),
         (lambda config: config["gate"].update(colour="red"), "colour"),
-        (lambda config: config.update(format=2), "not an armo model of format 1"),
-        (lambda config: config.update(model_type="bert"), "not an armo model of format 1"),
+        (lambda config: config.update(format=1), "not an armo model of format 2"),
+        (lambda config: config.update(model_type="bert"), "not an armo model of format 2"),
+        (lambda config: config.pop("covariates"), "'covariates' is missing"),
+        (lambda config: config["covariates"].pop("version"), "version"),
+        (lambda config: config["covariates"].pop("names"), "names"),
+        (
+            lambda config: config["covariates"].update(version=SURFACE_VERSION - 1),
+            f"version {SURFACE_VERSION - 1} of the surface features, this is version",
+        ),
+        (
+            lambda config: config["covariates"].update(names=["bold", "charm"]),
+            "`covariates` are unknown: charm",
+        ),
     ],
 )
 def test_a_configuration_that_does_not_fit_names_the_field(folder, change, message):
@@ -276,6 +297,37 @@ def test_the_configuration_keeps_every_declaration(saved, encoder):
     assert config.backbone == encoder.spec
     assert config.backbone.digest is not None
     assert config.gate == make_model(encoder).gate.shape
+    assert config.covariates == MEASURED
+
+
+def test_covariates_that_are_fewer_than_their_coefficients_are_refused(folder):
+    change_json(folder / "config.json", lambda config: config["covariates"].update(names=["bold"]))
+    assert "adjusted_style has shape [5, 2], needs [5, 1]" in error_of(folder)
+
+
+def test_covariates_in_another_order_do_not_verify(folder):
+    change_json(folder / "config.json", lambda config: config["covariates"]["names"].reverse())
+    with pytest.raises(ArtifactError, match="golden outputs deviate"):
+        load(folder).verify()
+
+
+def test_no_covariates_are_kept_as_none_and_need_no_version(encoder, tmp_path):
+    make_model(encoder).save_pretrained(tmp_path, golden=GOLDEN)
+    assert load_file(tmp_path / "model.safetensors")["adjusted_style"].shape == (5, 0)
+    change_json(tmp_path / "config.json", lambda config: config["covariates"].update(version=0))
+    loaded = load(tmp_path)
+    assert loaded.covariates == ()
+    assert loaded.adjusted_style.shape == (5, 0)
+    assert loaded.verify() <= 1e-6
+
+
+def test_a_golden_conversation_without_a_score_is_named_and_nothing_is_written(encoder, tmp_path):
+    spec = dataclasses.replace(encoder.spec, on_overlong="skip")
+    model = make_model(Backbone(spec, model=encoder.model, tokenizer=encoder.tokenizer))
+    golden = [*GOLDEN, conversation("Hi", "word " * 500)]
+    with pytest.raises(ValueError, match="golden conversation 2 has no score: it is too long"):
+        model.save_pretrained(tmp_path / "model", golden=golden)
+    assert not (tmp_path / "model").exists()
 
 
 def test_messages_are_parsed_alike_from_dicts_and_objects():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from armo.data.conversation import Message
 from armo.data.objectives import Objective, ObjectiveSet
+from armo.data.surface import SURFACE_FEATURES, surface_features
 from armo.embed.backbone import Backbone
 from armo.embed.boundary import PromptGroup
 from armo.embed.spec import BackboneError
@@ -18,6 +19,8 @@ from armo.fit.heads import ObjectiveHeads
 from armo.model.reward_model import ArmoRewardModel
 
 FIELDS = ("score", "rewards", "adjusted", "gating_weights", "contributions")
+MEASURED = ("bold", "log_length", "questions")
+"""Covariates of a model that needs the text, in an order of their own."""
 
 CONVERSATIONS = [
     conversation("How do I boil an egg?", "Put it in hot water for seven minutes."),
@@ -33,9 +36,14 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["encoder", "causal"])
+@pytest.fixture(
+    scope="module",
+    params=[("encoder", ()), ("causal", ()), ("encoder", MEASURED)],
+    ids=["encoder", "causal", "measuring"],
+)
 def model(request):
-    return make_model(request.getfixturevalue(request.param))
+    backbone, covariates = request.param
+    return make_model(request.getfixturevalue(backbone), covariates=covariates)
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +75,29 @@ def gate_slowly(gate, prompt):
     return torch.tensor(weights, dtype=torch.float64)
 
 
+def measure(text, name):
+    return float(surface_features([text])[0, SURFACE_FEATURES.index(name)])
+
+
+def adjust_slowly(model, messages):
+    """Adjusted rewards, one product at a time."""
+    _, response = embed_alone(model.backbone, messages)
+    adjusted = []
+    for k in range(len(model.objectives.names)):
+        value = model.adjusted_offset[k] + sum(
+            a * h for a, h in zip(model.adjusted_weights[k], response, strict=True)
+        )
+        for name, coefficient in zip(model.covariates, model.adjusted_style[k], strict=True):
+            value = value + coefficient * measure(messages[-1]["content"], name)
+        adjusted.append(value)
+    return torch.stack(adjusted)
+
+
 def test_scores_are_those_of_the_formula_written_the_slow_way(model, out):
     for row, messages in enumerate(CONVERSATIONS):
-        prompt, response = embed_alone(model.backbone, messages)
+        prompt, _ = embed_alone(model.backbone, messages)
         weights = gate_slowly(model.gate, prompt)
-        adjusted = torch.stack(
-            [
-                sum(a * h for a, h in zip(matrix_row, response, strict=True)) + c
-                for matrix_row, c in zip(model.adjusted_weights, model.adjusted_offset, strict=True)
-            ]
-        )
+        adjusted = adjust_slowly(model, messages)
         score = sum(float(g * a) for g, a in zip(weights, adjusted, strict=True))
         torch.testing.assert_close(out.gating_weights[row], weights, atol=1e-5, rtol=0)
         torch.testing.assert_close(out.adjusted[row], adjusted, atol=1e-5, rtol=0)
@@ -105,7 +126,7 @@ def test_the_transform_is_applied_from_the_left_where_it_is_square(causal):
         objectives=ObjectiveSet(tuple(Objective(name, 0, 1) for name in names)),
         backbone=causal,
         heads=ObjectiveHeads(names, 2 * matrix, nothing),
-        transform=RewardTransform(names, matrix, nothing),
+        transform=RewardTransform(names, matrix, nothing, (), matrix[:, :0]),
         gate=GatingNetwork(dim=count, objectives=count, mixed=range(count)),
         beta=1.0,
     )
@@ -265,6 +286,16 @@ def test_an_empty_response_among_several_is_refused(model):
         model.score_responses("Hi", ["Hello", ""])
 
 
+def transform_of(model, names):
+    return RewardTransform(
+        names,
+        model.adjusted_weights,
+        model.adjusted_offset,
+        model.covariates,
+        model.adjusted_style,
+    )
+
+
 def test_parts_with_other_objectives_do_not_join(model, encoder):
     parts = make_model(encoder)
     names = parts.objectives.names[::-1]
@@ -273,7 +304,7 @@ def test_parts_with_other_objectives_do_not_join(model, encoder):
             objectives=parts.objectives,
             backbone=encoder,
             heads=ObjectiveHeads(names, parts.head_weights, parts.head_intercepts),
-            transform=RewardTransform(names, parts.adjusted_weights, parts.adjusted_offset),
+            transform=transform_of(parts, names),
             gate=parts.gate,
             beta=1.0,
         )
@@ -287,7 +318,7 @@ def test_heads_of_another_width_do_not_join(encoder, causal):
             objectives=parts.objectives,
             backbone=causal,
             heads=ObjectiveHeads(names, parts.head_weights, parts.head_intercepts),
-            transform=RewardTransform(names, parts.adjusted_weights, parts.adjusted_offset),
+            transform=transform_of(parts, names),
             gate=parts.gate,
             beta=1.0,
         )
@@ -332,7 +363,8 @@ def with_spec(model, **changes):
     """The same model on a backbone that reads in another way."""
     spec = dataclasses.replace(model.backbone.spec, **changes)
     return make_model(
-        Backbone(spec, model=model.backbone.model, tokenizer=model.backbone.tokenizer)
+        Backbone(spec, model=model.backbone.model, tokenizer=model.backbone.tokenizer),
+        covariates=model.covariates,
     )
 
 
@@ -422,3 +454,56 @@ def test_scores_do_not_depend_on_the_chunks(model, out, monkeypatch, chunk_rows)
     monkeypatch.setattr("armo.model.reward_model.CHUNK_ROWS", chunk_rows)
     assert_same(model.score(CONVERSATIONS), out, atol=1e-5, rtol=0)
     assert model.score([]).truncated.shape == (0,)
+
+
+def embeddings_of(model, count, *, seed=0):
+    return torch.randn(count, model.backbone.dim, generator=torch.Generator().manual_seed(seed))
+
+
+def test_what_is_measured_on_the_text_moves_the_adjusted_rewards_by_its_coefficients(encoder):
+    model = make_model(encoder, covariates=MEASURED)
+    h = embeddings_of(model, 1).expand(2, -1)
+    texts = ["Yes, seven minutes.", "**Yes**, **seven** minutes?"]
+    out = model.score_embeddings(h, h, texts=texts)
+    moved = torch.tensor([measure(texts[1], name) - measure(texts[0], name) for name in MEASURED])
+    assert moved.tolist() == [2.0, 0.0, 1.0]
+    expected = model.adjusted_style @ moved.double()
+    torch.testing.assert_close(out.adjusted[1] - out.adjusted[0], expected)
+    difference = float(out.gating_weights[0] @ expected)
+    assert float(out.score[1] - out.score[0]) == pytest.approx(difference)
+    assert abs(difference) > 0.1
+    assert torch.equal(out.rewards[0], out.rewards[1]), "rewards stay raw"
+
+
+def test_a_model_without_covariates_does_not_look_at_texts(encoder):
+    model = make_model(encoder)
+    h = embeddings_of(model, 2)
+    plain = model.score_embeddings(h, h)
+    assert_same(model.score_embeddings(h, h, texts=["**One**", "two"]), plain, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("texts", [None, [], ["Yes."], ["Yes.", "No.", "Perhaps."]])
+def test_a_model_that_measures_texts_names_what_it_needs(encoder, texts):
+    model = make_model(encoder, covariates=MEASURED)
+    h = embeddings_of(model, 2)
+    with pytest.raises(
+        ValueError, match=r"`texts` must be the 2 responses .* bold, log_length, questions"
+    ):
+        model.score_embeddings(h, h, texts=texts)
+
+
+def test_texts_are_measured_whole_even_where_the_backbone_cuts_them(encoder):
+    model = make_model(encoder, covariates=("bold",))
+    cut = [conversation("Hi", LONG), conversation("Hi", LONG + "**at the end**")]
+    out = model.score(cut)
+    assert out.truncated.tolist() == [True, True]
+    torch.testing.assert_close(out.rewards[0], out.rewards[1])
+    torch.testing.assert_close(
+        out.adjusted[1] - out.adjusted[0], model.adjusted_style[:, 0], atol=1e-5, rtol=0
+    )
+
+
+def test_a_caller_may_weigh_a_model_that_measures_texts(encoder):
+    model = make_model(encoder, covariates=MEASURED)
+    out = model.score(CONVERSATIONS, weights={"honesty": 1.0})
+    torch.testing.assert_close(out.score, out.adjusted[:, 1])

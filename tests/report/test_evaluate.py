@@ -6,7 +6,8 @@ import pytest
 import scipy.stats
 import torch
 from conftest import make_model
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
 
 from armo.data.conversation import (
     Conversation,
@@ -20,11 +21,12 @@ from armo.data.surface import FORMAT_FEATURES, SURFACE_FEATURES, surface_feature
 from armo.embed.backbone import Backbone
 from armo.embed.boundary import PromptGroup
 from armo.embed.extract import EmbeddedData, Team, embed_rows
-from armo.fit.decorrelation import RewardTransform
+from armo.fit.decorrelation import RewardTransform, style_logits
 from armo.fit.gating import GatingNetwork
-from armo.fit.heads import ObjectiveHeads
-from armo.report.evaluate import DECIDED, Evaluation, Mix, Table, evaluate, style_differences
+from armo.fit.heads import FittedHeads, HeadSummary, ObjectiveHeads, RewardUncertainty
+from armo.report.evaluate import DECIDED, MARKS, Evaluation, Mix, Table, evaluate
 from armo.report.metrics import bootstrap_interval
+from armo.report.pages import save_pages
 
 WORDS = ("egg", "dog", "fox", "honest", "risk", "water", "**bold**", "lazy!", "\n- item", "seven")
 CATEGORIES = ("code", "advice", "")
@@ -62,7 +64,10 @@ class Case:
         return self.embedded[talk]
 
     def adjusted(self, prompt, response, *, mix):
-        return mix.transform.matrix @ self.embed(prompt, response) + mix.transform.offset
+        adjusted = mix.transform.matrix @ self.embed(prompt, response) + mix.transform.offset
+        if mix.transform.covariates:
+            adjusted = adjusted + mix.transform.style @ surface_features([response])[0]
+        return adjusted
 
     def weights(self, prompt, *, mix):
         if prompt not in self.embedded:
@@ -98,10 +103,14 @@ def _rows(*, most=20):
     return ratings, pairs, lists
 
 
-def _evaluate(data, *, heads, mix, other, constant):
+def _evaluate(data, *, heads, mix, other, constant, uncertainty=None):
+    summaries = tuple(
+        HeadSummary(name, ratings=9, alpha=0.5 + k, error=0.1, explained=0.2, sigma=0.3)
+        for k, name in enumerate(heads.objectives)
+    )
     return evaluate(
         data,
-        heads=heads,
+        heads=FittedHeads(heads, (), torch.zeros(0, dtype=torch.long), summaries, uncertainty),
         mix=mix,
         undecorrelated=other,
         constant_weights=constant,
@@ -132,10 +141,14 @@ def case(encoder, tmp_path_factory):
     rows = _rows()
     data = _embed(tmp_path_factory.mktemp("data"), encoder, rows)
     mixes = []
-    for seed in (0, 1):
-        model = make_model(encoder, seed=seed)
+    for seed, covariates in ((0, SURFACE_FEATURES), (1, ())):
+        model = make_model(encoder, seed=seed, covariates=covariates)
         transform = RewardTransform(
-            data.objectives.names, model.adjusted_weights, model.adjusted_offset
+            data.objectives.names,
+            model.adjusted_weights,
+            model.adjusted_offset,
+            covariates,
+            0.3 * model.adjusted_style,
         )
         mixes.append(Mix(transform, model.gate, (2.0, 0.5)[seed]))
     model = make_model(encoder)
@@ -282,33 +295,106 @@ def test_counterfactuals_move_the_score_by_what_the_text_says(case):
             assert row[f"decided, {which}"] == float((likely >= DECIDED).double().mean())
 
 
-def test_rewards_are_compared_with_ratings_on_the_scale_of_the_source(case):
-    objectives = case.data.objectives
-    table = rows_of(case, "objectives", "objective")
+def rated_slowly(case, name):
+    """Rewards, truth, mean and style's prediction of the test ratings, in the source's units."""
+    k = case.data.objectives.index(name)
+    objective = case.data.objectives.objectives[k]
     rated = case.test_side(case.ratings)
     train = [row for row in case.ratings if row not in rated]
-    for name in ("helpfulness", "harm"):
-        k = objectives.index(name)
-        objective = objectives.objectives[k]
-        units = torch.stack(
-            [
-                case.heads.weights[k] @ case.embed(row.prompt, row.responses[0])
-                + case.heads.intercepts[k]
-                for row in rated
-            ]
+    rewards = [
+        float(
+            case.heads.weights[k] @ case.embed(row.prompt, row.responses[0])
+            + case.heads.intercepts[k]
         )
-        predicted = torch.tensor([objective.from_unit(float(unit)) for unit in units])
-        truth = torch.tensor([float(row.ratings[name]) for row in rated])
-        mean = torch.tensor([float(row.ratings[name]) for row in train]).mean()
-        rank = scipy.stats.spearmanr(predicted, truth).statistic
-        assert table[name]["ratings"] == len(rated)
+        for row in rated
+    ]
+    predicted = torch.tensor([objective.from_unit(reward) for reward in rewards])
+    truth, known = (
+        torch.tensor([float(row.ratings[name]) for row in rows]) for rows in (rated, train)
+    )
+    x, new = (
+        surface_features([row.responses[0] for row in rows]).numpy() for rows in (train, rated)
+    )
+    scaler = StandardScaler().fit(x)
+    model = Ridge(alpha=1.0).fit(scaler.transform(x), known.numpy())
+    style = torch.from_numpy(model.predict(scaler.transform(new)))
+    return rated, predicted.double(), truth.double(), known.double().mean(), style
+
+
+def test_rewards_are_compared_with_ratings_on_the_scale_of_the_source(case):
+    ranks, errors = rows_of(case, "objectives", "objective"), rows_of(case, "errors", "objective")
+    for name in ("helpfulness", "harm"):
+        k = case.data.objectives.index(name)
+        objective = case.data.objectives.objectives[k]
+        rated, predicted, truth, mean, style = rated_slowly(case, name)
         if not objective.higher_is_better:
             assert objective.from_unit(1.0) == objective.low
-        assert table[name]["Spearman"] == pytest.approx(rank, abs=1e-3)
-        assert table[name]["error"] == pytest.approx(float((predicted - truth).abs().mean()), 1e-4)
-        assert table[name]["error of the mean"] == pytest.approx(float((mean - truth).abs().mean()))
-    assert table["honesty"]["ratings"] == 0
-    assert table["honesty"]["Spearman"] is None
+        row = ranks[name]
+        assert (row["ratings"], row["penalty"]) == (len(rated), 0.5 + k)
+        spearman = scipy.stats.spearmanr(predicted, truth).statistic
+        assert row["Spearman"] == pytest.approx(spearman, abs=1e-3)
+        assert row["from"] < row["Spearman"] < row["to"]
+        expected = scipy.stats.spearmanr(style, truth).statistic
+        assert row["style alone"] == pytest.approx(expected, abs=1e-3)
+        fit = scipy.stats.linregress(predicted, truth)
+        assert row["Pearson"] == pytest.approx(fit.rvalue, abs=1e-3)
+        assert row["slope"] == pytest.approx(fit.slope, rel=1e-3)
+        row = errors[name]
+        off, off_mean = (predicted - truth).abs(), (mean - truth).abs()
+        assert row["error"] == pytest.approx(float(off.mean()), 1e-4)
+        assert row["of the mean"] == pytest.approx(float(off_mean.mean()))
+        assert row["of style alone"] == pytest.approx(float((style - truth).abs().mean()))
+        groups = torch.tensor([int(row.id[1:].split("-")[0]) for row in rated])
+        gain = bootstrap_interval(off_mean - off, groups, seed=3)
+        found = row["better than the mean by"], row["to"]
+        assert found == pytest.approx((gain.low, gain.high), rel=1e-3)
+        assert row["in the interval"] is None
+        assert row["its width"] is None
+    assert ranks["honesty"]["ratings"] == 0
+    assert ranks["honesty"]["Spearman"] is None
+    assert errors["honesty"]["error"] is None
+
+
+def test_intervals_of_rewards_are_held_against_the_ratings(case):
+    count, dim = case.heads.weights.shape
+    uncertainty = RewardUncertainty(
+        case.heads,
+        vectors=torch.eye(dim)[None],
+        values=torch.ones(1, dim, dtype=torch.float64),
+        centres=torch.zeros(1, dim, dtype=torch.float64),
+        shares=torch.zeros(1, dtype=torch.float64),
+        factor_of=torch.zeros(count, dtype=torch.long),
+        alphas=torch.ones(count, dtype=torch.float64),
+        sigmas=torch.full((count,), 0.5, dtype=torch.float64),
+        quantiles=torch.linspace(3.0, 6.0, count, dtype=torch.float64),
+        miscoverage=0.1,
+    )
+    evaluation = _evaluate(
+        case.data,
+        heads=case.heads,
+        mix=case.mix,
+        other=case.other,
+        constant=case.constant,
+        uncertainty=uncertainty,
+    )
+    table = evaluation.table("errors")
+    assert "intervals are to hold 90% of the ratings" in table.note
+    for row in table.rows:
+        if row[0] not in ("helpfulness", "harm"):
+            continue
+        k = case.data.objectives.index(row[0])
+        objective = case.data.objectives.objectives[k]
+        inside, widths = [], []
+        for rated in case.test_side(case.ratings):
+            h = case.embed(rated.prompt, rated.responses[0])
+            ends = [float(side[0, k]) for side in uncertainty.interval(h[None])]
+            low, high = sorted(objective.from_unit(end) for end in ends)
+            inside.append(low <= float(rated.ratings[row[0]]) <= high)
+            widths.append(high - low)
+        found = dict(zip(table.columns, row, strict=True))
+        assert found["in the interval"] == pytest.approx(sum(inside) / len(inside))
+        assert found["its width"] == pytest.approx(sum(widths) / len(widths), rel=1e-4)
+        assert 0 < sum(inside) < len(inside)
 
 
 def test_the_style_table_shows_rank_correlations_of_the_score_before_and_after(case):
@@ -322,22 +408,142 @@ def test_the_style_table_shows_rank_correlations_of_the_score_before_and_after(c
         assert row[column] == pytest.approx(scipy.stats.spearmanr(scores, lengths).statistic)
 
 
-def test_style_differences_are_those_of_scikit_learn(case):
+def test_the_style_rivals_log_odds_are_those_of_scikit_learn(case):
     tables = case.data.tables
-    train, test = tables.pairs_train.nonzero()[:, 0], tables.pairs_test.nonzero()[:, 0]
-    chosen, rejected = tables.pairs_chosen, tables.pairs_rejected
-    ours = style_differences(tables.covariates, chosen, rejected, train, test)
+    differences = tables.covariates[tables.pairs_chosen] - tables.covariates[tables.pairs_rejected]
+    ours = style_logits(differences[tables.pairs_train], differences[tables.pairs_test])
     assert ours.tolist() == pytest.approx(style_rival(case, SURFACE_FEATURES), abs=1e-6)
 
 
-def test_style_differences_change_sign_with_the_order_of_the_pair(case):
-    tables = case.data.tables
-    train, test = tables.pairs_train.nonzero()[:, 0], tables.pairs_test.nonzero()[:, 0]
-    chosen, rejected = tables.pairs_chosen, tables.pairs_rejected
-    forth = style_differences(tables.covariates, chosen, rejected, train, test)
-    swapped = chosen.clone(), rejected.clone()
-    swapped[0][test], swapped[1][test] = rejected[test], chosen[test]
-    torch.testing.assert_close(style_differences(tables.covariates, *swapped, train, test), -forth)
+def count_marks(text):
+    """What WORDS hold of it."""
+    return text.count("**bold**") + text.count("- item")
+
+
+def test_marks_are_all_marks_of_format_that_are_no_words():
+    others = ("log_length", "paragraphs", "lines", "exclamations", "questions", "affirmative")
+    assert set(MARKS) == set(SURFACE_FEATURES) - set(others)
+
+
+def test_quarters_are_the_accuracies_where_the_chosen_response_is_longer_or_more_formatted(case):
+    pairs = case.test_side(case.pairs)
+    differences = []
+    for p in pairs:
+        first, second = surface_features([p.chosen, p.rejected])[:, 0].tolist()
+        differences.append((p, first - second, count_marks(p.chosen) - count_marks(p.rejected)))
+    quarters = {
+        "longer": [p for p, length, _ in differences if length > 0],
+        "shorter": [p for p, length, _ in differences if length < 0],
+        "more formatted": [p for p, _, marks in differences if marks > 0],
+        "plainer": [p for p, _, marks in differences if marks < 0],
+    }
+    rows = rows_of(case, "quarters", "chosen")
+    assert list(rows) == [
+        *quarters,
+        "mean of the four",
+        "longer less shorter",
+        "more formatted less plainer",
+    ]
+    for column, mix in (("before", case.other), ("after", case.mix)):
+        accuracy = {
+            name: mean_credit(
+                [
+                    case.score(p.prompt, p.chosen, mix=mix)
+                    - case.score(p.prompt, p.rejected, mix=mix)
+                    for p in inside
+                ]
+            )
+            for name, inside in quarters.items()
+        }
+        expected = accuracy | {
+            "mean of the four": sum(accuracy.values()) / 4,
+            "longer less shorter": accuracy["longer"] - accuracy["shorter"],
+            "more formatted less plainer": accuracy["more formatted"] - accuracy["plainer"],
+        }
+        for name, value in expected.items():
+            assert rows[name][column] == pytest.approx(value)
+    for name, inside in quarters.items():
+        assert rows[name]["pairs"] == len(inside)
+        assert 0 < len(inside) < len(pairs)
+    assert rows["mean of the four"]["pairs"] is None
+    assert len({row["after"] for row in rows.values()}) > 4
+
+
+def test_the_interval_of_a_quarter_is_that_of_its_pairs(case):
+    pairs = case.test_side(case.pairs)
+    groups = torch.tensor([int(pair.id[1:].split("-")[0]) for pair in pairs])
+    lengths = surface_features([p.chosen for p in pairs])[:, 0]
+    inside = lengths > surface_features([p.rejected for p in pairs])[:, 0]
+    credit = torch.tensor(
+        [
+            float(
+                case.score(p.prompt, p.chosen, mix=case.mix)
+                > case.score(p.prompt, p.rejected, mix=case.mix)
+            )
+            for p in pairs
+        ]
+    )
+    # Over the prompts that have such a pair; the table draws from all prompts.
+    expected = bootstrap_interval(credit[inside], groups[inside], seed=3)
+    row = rows_of(case, "quarters", "chosen")["longer"]
+    assert row["after, from"] == pytest.approx(expected.low, abs=0.07)
+    assert row["after, to"] == pytest.approx(expected.high, abs=0.07)
+    assert row["after, from"] < row["after"] < row["after, to"]
+
+
+def test_a_quarter_without_pairs_is_left_out_with_the_means_it_would_be_part_of(
+    case, encoder, tmp_path
+):
+    longer = [
+        replace(pair, chosen=text, rejected="Say " + "egg " * k)
+        for k, pair in enumerate(case.pairs, start=1)
+        for text in ["Say " + "dog " * (k + 1)]
+    ]
+    data = _embed(tmp_path, encoder, (case.ratings, longer, []))
+    evaluation = _evaluate(
+        data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
+    )
+    table = evaluation.table("quarters")
+    assert table.column("chosen") == ["longer"]
+    assert table.column("pairs") == [24]
+
+
+def test_pairs_without_any_difference_in_style_leave_an_empty_table(case, encoder, tmp_path):
+    alike = [
+        replace(pair, chosen=f"Say dog {k}", rejected=f"Say egg {k}")
+        for k, pair in enumerate(case.pairs)
+    ]
+    data = _embed(tmp_path, encoder, (case.ratings, alike, []))
+    evaluation = _evaluate(
+        data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
+    )
+    assert evaluation.table("quarters").rows == ()
+    save_pages(evaluation, tmp_path / "pages", title="Report")
+
+
+def test_a_score_that_follows_length_has_a_wide_gap_where_one_that_does_not_has_none(case):
+    data, tables = case.data, case.data.tables
+    names = data.objectives.names
+    nothing = torch.zeros(len(names), case.backbone.dim, dtype=torch.float64)
+    offset = torch.zeros(len(names), dtype=torch.float64)
+    style = torch.zeros(len(names), len(SURFACE_FEATURES), dtype=torch.float64)
+    style[:3, SURFACE_FEATURES.index("log_length")] = 1.0
+    follows = RewardTransform(names, nothing, offset, SURFACE_FEATURES, style)
+    indifferent = RewardTransform(names, nothing, offset, (), style[:, :0])
+    evaluation = _evaluate(
+        data,
+        heads=case.heads,
+        mix=Mix(indifferent, case.mix.gate, 1.0),
+        other=Mix(follows, case.mix.gate, 1.0),
+        constant=case.constant,
+    )
+    table = evaluation.table("quarters")
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert (rows["longer"]["before"], rows["shorter"]["before"]) == (1.0, 0.0)
+    assert rows["longer less shorter"]["before"] == 1.0
+    assert rows["longer less shorter"]["after"] == 0.0
+    assert rows["mean of the four"]["after"] == 0.5
+    assert int(tables.pairs_test.sum()) == 24
 
 
 def test_the_deviation_of_the_exported_model_is_reported(case):
@@ -355,7 +561,15 @@ def test_without_counterfactual_pairs_their_table_is_left_out(case, encoder, tmp
         data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
     )
     names = [table.name for table in evaluation.tables]
-    assert names == ["objectives", "rivals", "kinds", "style", "applied"]
+    assert names == [
+        "objectives",
+        "errors",
+        "rivals",
+        "kinds",
+        "quarters",
+        "style",
+        "applied",
+    ]
     with pytest.raises(KeyError, match="counterfactuals"):
         evaluation.table("counterfactuals")
 
@@ -366,7 +580,7 @@ def test_without_test_pairs_only_ratings_are_evaluated(case, encoder, tmp_path):
     evaluation = _evaluate(
         data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
     )
-    assert [table.name for table in evaluation.tables] == ["objectives", "applied"]
+    assert [table.name for table in evaluation.tables] == ["objectives", "errors", "applied"]
 
 
 def _parts(backbone, names, *, seed):
@@ -385,7 +599,14 @@ def _parts(backbone, names, *, seed):
         with torch.no_grad():
             for parameter in gate.parameters():
                 parameter.copy_(draw(*parameter.shape))
-        mixes.append(Mix(RewardTransform(names, draw(*shape), draw(len(names))), gate, beta))
+        transform = RewardTransform(
+            names,
+            draw(*shape),
+            draw(len(names)),
+            SURFACE_FEATURES,
+            draw(len(names), len(SURFACE_FEATURES)),
+        )
+        mixes.append(Mix(transform, gate, beta))
     return {
         "heads": ObjectiveHeads(names, draw(*shape), draw(len(names))),
         "mix": mixes[0],
@@ -433,7 +654,7 @@ def test_rows_that_were_skipped_are_in_no_table(encoder, tmp_path, count):
     assert int(data.prompts.missing().sum()) == 1
     parts = _parts(encoder, names, seed=0)
     expected, found = _evaluate(plain, **parts), _evaluate(data, **parts)
-    assert len(expected.tables) == 6
+    assert len(expected.tables) == 8
     changed = [
         table.name
         for table, other in zip(expected.tables, found.tables, strict=True)
@@ -446,12 +667,3 @@ def test_rows_that_were_skipped_are_in_no_table(encoder, tmp_path, count):
 def test_a_table_gives_its_columns_by_name():
     table = Table("t", "T", ("a", "b"), ((1, 2), (3, 4)))
     assert table.column("b") == [2, 4]
-
-
-def test_responses_without_any_style_are_ties_for_the_style_baseline():
-    covariates = torch.zeros(6, 3, dtype=torch.float64)
-    chosen, rejected = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
-    differences = style_differences(
-        covariates, chosen, rejected, torch.tensor([0, 1]), torch.tensor([2])
-    )
-    assert differences.tolist() == [0.0]

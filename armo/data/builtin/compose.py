@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from armo.data.surface import surface_features
+from armo.data.surface import SURFACE_FEATURES, surface_features
 
 FOLDER = Path(__file__).parent
 SOURCE = "armo-builtin"
@@ -103,8 +103,22 @@ NEUTRAL = (
 PIECES = 6
 EMOJI = ("😀", "👍", "✨", "🎉", "🙂", "🌟", "💡", "🚀")
 
-# Typical spread of each surface feature within a prompt, so that none outweighs the others.
-SURFACE_UNITS = torch.tensor([0.3, 2.0, 2.0, 0.5, 2.0, 0.5, 0.5, 2.0, 3.0, 0.5])
+# The surface features that the corpus is balanced over, with the typical spread of each within a
+# prompt, so that none outweighs the others. Lines and paragraphs follow from these; inline code is
+# content here, since only an answer to a question about code quotes any.
+BALANCED = {
+    "log_length": 0.3,
+    "list_items": 2.0,
+    "bold": 2.0,
+    "headings": 0.5,
+    "links": 2.0,
+    "code_blocks": 0.5,
+    "tables": 0.5,
+    "emoji": 2.0,
+    "exclamations": 3.0,
+    "affirmative": 0.5,
+}
+SURFACE_UNITS = torch.tensor(list(BALANCED.values()))
 
 MARK = re.compile(r"<<(.+?)>>")
 
@@ -140,7 +154,7 @@ class Style:
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """A response, what is true of it, and how it looks."""
+    """A response, what is true of it, and how it looks: its features, as in `BALANCED`."""
 
     text: str
     ratings: dict[str, float]
@@ -341,7 +355,8 @@ def _respond(
             zip(texts, options, strict=True), key=lambda pair: abs(len(pair[0].split()) - words)
         )
     ratings = rate(acts, style, harmful=prompt.get("harmful", False))
-    return Composed(text, ratings, tuple(surface_features([text])[0].tolist()))
+    measured = dict(zip(SURFACE_FEATURES, surface_features([text])[0].tolist(), strict=True))
+    return Composed(text, ratings, tuple(measured[name] for name in BALANCED))
 
 
 def _compared(
