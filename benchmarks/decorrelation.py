@@ -37,7 +37,7 @@ from armo.report.evaluate import Evaluation, Mix, Table, evaluate
 from armo.report.pages import print_tables
 from armo.stages import train_gate
 
-NO_LAYOUT = tuple(name for name in STYLE_FEATURES if name not in ("paragraphs", "lines"))
+WITH_LAYOUT = (*STYLE_FEATURES, "paragraphs", "lines")
 
 # Label, methods, features: with `none`, what the others are compared with, first.
 VARIANTS: list[tuple[str, Sequence[Any], Sequence[str]]] = [
@@ -52,7 +52,7 @@ VARIANTS: list[tuple[str, Sequence[Any], Sequence[str]]] = [
     ("residual", ("residual",), STYLE_FEATURES),
     ("residual, reweight", ("residual", "reweight"), STYLE_FEATURES),
     ("residual, nuisance", ("residual", "nuisance"), STYLE_FEATURES),
-    ("the same, no layout", ("residual", "nuisance"), NO_LAYOUT),
+    ("the same, and layout", ("residual", "nuisance"), WITH_LAYOUT),
     ("the same, all features", ("residual", "nuisance"), SURFACE_FEATURES),
     ("penalty, residual, nuisance", ("penalty", "residual", "nuisance"), STYLE_FEATURES),
     ("leace, residual, nuisance", ("leace", "residual", "nuisance"), STYLE_FEATURES),
@@ -115,7 +115,7 @@ def figures_of(evaluation: Evaluation) -> dict[str, float]:
     style = evaluation.table("style").rows
     within: dict[str, dict[str, float]] = {}
     for of, feature, _, after, *_ in style:
-        if feature in STYLE_FEATURES:
+        if feature in WITH_LAYOUT:
             within.setdefault(of, {})[feature] = after
     largest = {of: max(map(abs, values.values())) for of, values in within.items()}
     length = next(row for row in style if row[:2] == ("score", "log_length"))
@@ -200,7 +200,7 @@ def main() -> None:
         tuple((label, *(figures[name] for name in shown)) for label, figures in rows.items()),
         f"Means over {arguments.seeds} gates, whose accuracies differ by "
         f"{max(spread['accuracy'] for spread in spreads.values()):.3f} (standard deviation) at "
-        "most. Correlations: Spearman of the gated score; of objectives, the median one's.",
+        "most. Correlations: Spearman; of objectives, the median one's.",
     )
     print_tables([table], Console(width=180))
     if arguments.plot:

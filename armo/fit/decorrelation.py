@@ -15,7 +15,6 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from armo.artifacts import read_json, read_tensors, write_json, write_tensors
-from armo.data.surface import SURFACE_FEATURES
 from armo.fit.heads import FittedHeads, ObjectiveHeads
 
 logger = logging.getLogger(__name__)
@@ -32,9 +31,21 @@ METHODS: tuple[Method, ...] = ("leace", "penalty", "residual", "nuisance", "rewe
 """
 
 
-STYLE_FEATURES = tuple(n for n in SURFACE_FEATURES if n not in ("inline_code", "questions"))
-"""Surface features that are style. The others are as much content: what a good answer about code
-names is code, and some prompts ask for questions."""
+STYLE_FEATURES = (
+    "log_length",
+    "list_items",
+    "bold",
+    "italic",
+    "headings",
+    "links",
+    "code_blocks",
+    "tables",
+    "emoji",
+    "exclamations",
+    "affirmative",
+)
+"""Surface features that are style. Of the others, lines and paragraphs follow from length and
+lists; inline code and questions are as much content: a good answer about code names code."""
 
 # The tensors of a transform, in the order of its fields.
 PARTS = ("matrix", "offset", "style")
@@ -198,7 +209,8 @@ def fit_reward_transform(
         The transform, and a summary per objective that is not a bias objective.
 
     Raises:
-        ValueError: For an unknown method, feature or scope, or reference responses that cannot serve.
+        ValueError: For an unknown method, feature or scope, or reference responses that cannot
+            serve.
     """
     for name, given, known in (
         ("methods", methods, METHODS),
