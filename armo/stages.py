@@ -42,6 +42,7 @@ from armo.fit.decorrelation import (
 )
 from armo.fit.gating import GatingNetwork
 from armo.fit.heads import FittedHeads, HeadSummary
+from armo.fit.judged import Judgements
 from armo.fit.training import GatingSummary, load_gating, save_gating
 from armo.model.reward_model import GOLDEN_TOLERANCE, ArmoRewardModel
 from armo.report.evaluate import Mix, Table, evaluate
@@ -221,7 +222,7 @@ def run_heads(
     fit: Callable[..., FittedHeads],
     source_weights: Mapping[str, float],
 ) -> None:
-    """Fit the objective heads on the training ratings."""
+    """Fit the objective heads on the training ratings and judgements."""
     inputs = {"embed": run.key_of("embed")}
 
     def work(folder: Path) -> None:
@@ -229,6 +230,17 @@ def run_heads(
         tables = data.tables
         train = tables.ratings_train
         rows = tables.ratings_response[train]
+        weights = row_weights(data, tables.pairs_weight, tables.pairs_source, source_weights)
+        judged = ~tables.pairs_judgements.isnan().all(1) & tables.pairs_train & (weights > 0.0)
+        chosen = tables.pairs_chosen[judged]
+        judgements = Judgements(
+            chosen,
+            tables.pairs_rejected[judged],
+            tables.pairs_judgements[judged],
+            tables.group_of_response[chosen],
+            weights[judged],
+        )
+        others = tables.pairs_chosen[tables.pairs_train & ~judged]
         fitted = fit(
             data.responses,
             rows,
@@ -236,7 +248,8 @@ def run_heads(
             tables.group_of_response[rows],
             objectives=data.objectives.names,
             group_count=int(tables.group_of_prompt.max()) + 1,
-            other_groups=tables.group_of_response[tables.pairs_chosen[tables.pairs_train]],
+            other_groups=tables.group_of_response[others],
+            judgements=judgements,
             sample_weights=row_weights(
                 data, tables.ratings_weight[train], tables.ratings_source[train], source_weights
             ),
@@ -487,10 +500,14 @@ def heads_table(summaries: Sequence[HeadSummary]) -> Table:
     return Table(
         "heads",
         "Heads",
-        ("objective", "ratings", "penalty", "error variance explained", "deviation"),
-        tuple((s.objective, s.ratings, f"{s.alpha:g}", s.explained, s.sigma) for s in summaries),
-        "Penalty chosen and variance explained by cross-validation over training prompts; standard "
-        "deviation of a rating about the reward, on [0, 1].",
+        ("objective", "ratings", "judgements", "penalty", "error variance explained", "deviation"),
+        tuple(
+            (s.objective, s.ratings, s.judgements, f"{s.alpha:g}", s.explained, s.sigma)
+            for s in summaries
+        ),
+        "Penalty chosen and variance explained by cross-validation over training prompts (where "
+        "rewards are probabilities, the share of cross-entropy); standard deviation of a rating "
+        "about the reward, on [0, 1].",
     )
 
 

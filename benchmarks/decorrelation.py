@@ -50,12 +50,12 @@ VARIANTS: list[tuple[str, Sequence[Any], Sequence[str]]] = [
     ("leace", ("leace",), STYLE_FEATURES),
     ("leace, nuisance", ("leace", "nuisance"), STYLE_FEATURES),
     ("residual", ("residual",), STYLE_FEATURES),
-    ("residual, reweight", ("residual", "reweight"), STYLE_FEATURES),
     ("residual, nuisance", ("residual", "nuisance"), STYLE_FEATURES),
-    ("the same, and layout", ("residual", "nuisance"), WITH_LAYOUT),
-    ("the same, all features", ("residual", "nuisance"), SURFACE_FEATURES),
-    ("penalty, residual, nuisance", ("penalty", "residual", "nuisance"), STYLE_FEATURES),
-    ("leace, residual, nuisance", ("leace", "residual", "nuisance"), STYLE_FEATURES),
+    ("residual, reweight", ("residual", "reweight"), STYLE_FEATURES),
+    ("the same, and layout", ("residual", "reweight"), WITH_LAYOUT),
+    ("the same, all features", ("residual", "reweight"), SURFACE_FEATURES),
+    ("leace, reweight", ("leace", "reweight"), STYLE_FEATURES),
+    ("penalty, residual, reweight", ("penalty", "residual", "reweight"), STYLE_FEATURES),
 ]
 COLUMNS = (  # of these, the second to the fourth are rows of the report's table of quarters
     "accuracy",

@@ -142,10 +142,11 @@ def causal(causal_folder):
     )
 
 
-def make_model(backbone, *, seed=0, covariates=()):
+def make_model(backbone, *, seed=0, covariates=(), links=()):
     """A reward model of random parts: three mixed objectives and two bias objectives.
 
-    Its adjusted rewards are also made from `covariates`, if any are named.
+    Its adjusted rewards are also made from `covariates`, if any are named; its rewards are linear
+    without `links`.
     """
     from armo.data.objectives import Objective, ObjectiveSet
     from armo.fit.decorrelation import RewardTransform
@@ -172,7 +173,7 @@ def make_model(backbone, *, seed=0, covariates=()):
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.copy_(draw(*parameter.shape))
-    heads = ObjectiveHeads(objectives.names, draw(5, backbone.dim), draw(5))
+    heads = ObjectiveHeads(objectives.names, draw(5, backbone.dim), draw(5), tuple(links))
     matrix, offset = draw(5, backbone.dim), draw(5)
     return ArmoRewardModel(
         objectives=objectives,

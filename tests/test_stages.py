@@ -30,6 +30,7 @@ from armo.fit.decorrelation import (
     style_weights,
 )
 from armo.fit.heads import FittedHeads, fit_heads
+from armo.fit.logistic import LabelledRows, fit_judgements
 from armo.fit.training import load_gating
 from armo.model.reward_model import ArmoRewardModel
 from armo.stages import (
@@ -743,8 +744,8 @@ def test_golden_conversations_come_from_the_test_side(trained, rows):
     assert all(prompt_group((Message(**messages[0]),)) in test for messages in golden)
 
 
-def test_a_seed_reaches_the_gate_and_nothing_before_it(folder, arguments):
-    assert run_again(arguments, folder, "seed=1") == {"gating", "model", "report"}
+def test_a_seed_reaches_the_folds_of_the_heads_and_nothing_before_it(folder, arguments):
+    assert run_again(arguments, folder, "seed=1") == {*STAGES} - {"embed"}
 
 
 def test_a_causal_backbone_goes_the_whole_way(arguments, causal_folder, tmp_path):
@@ -756,3 +757,103 @@ def test_a_causal_backbone_goes_the_whole_way(arguments, causal_folder, tmp_path
     model = ArmoRewardModel.from_pretrained(tmp_path / "run" / "model", device="cpu")
     assert model.backbone.spec.pooling == "last"
     assert model.verify() < 1e-5
+
+
+# Judgements and yes-or-no ratings
+
+
+@pytest.fixture(scope="module")
+def judged(rows, arguments, tmp_path_factory):
+    """A run with `honesty` judged alone, `helpfulness` judged and rated, `safety` yes or no."""
+    folder = tmp_path_factory.mktemp("judged")
+    ratings, pairs = [], []
+    for row in rows[1]:
+        rated = {name: r for name, r in row["ratings"].items() if name != "honesty"}
+        rated["safety"] = 5 if "a" in row["messages"][1]["content"] else 1
+        ratings.append({**row, "ratings": rated})
+    for k, row in enumerate(rows[2]):
+        longer = len(row["chosen"]) > len(row["rejected"])
+        judgements = {"helpfulness": 0.8, "honesty": (0.2, 0.5, 0.9)[k % 3] if longer else 0.1}
+        weight = 0.0 if k % 10 == 9 else 1.0 + k % 2
+        without = {"judgements": {"honesty": None}} if k % 8 == 7 else {"judgements": judgements}
+        pairs.append({**row, "weight": weight, **without})
+    write_rows(folder / "ratings.jsonl", ratings)
+    write_rows(folder / "pairs.jsonl", pairs)
+    run_again(
+        arguments,
+        folder / "run",
+        f"data.ratings.path={folder / 'ratings.jsonl'}",
+        f"data.pairs.path={folder / 'pairs.jsonl'}",
+        "fit.heads.logistic=[safety]",
+    )
+    return folder / "run", pairs
+
+
+LINKS = ("identity", "logistic", "logistic", "identity", "identity")
+
+
+def test_judgements_and_yes_or_no_go_the_whole_way(judged):
+    folder, pairs = judged
+    data = EmbeddedData.load(folder / "embeddings")
+    fitted = FittedHeads.load(folder / "heads")
+    assert data.objectives.names[:3] == ("helpfulness", "honesty", "safety")
+    assert fitted.heads.links == LINKS
+    used = [p for p in pairs if p["split"] == "train" and p["weight"] and len(p["judgements"]) == 2]
+    assert 30 < len(used) < 48
+    counts = [(s.ratings, s.judgements) for s in fitted.summaries]
+    assert counts == [(96, len(used)), (0, len(used)), (96, 0), (96, 0), (96, 0)]
+    groups = data.tables.group_of_response[data.tables.pairs_chosen[data.tables.pairs_train]]
+    assert (fitted.fold_of_group[groups] >= 0).all(), "the gate needs heads without each pair"
+    assert fitted.uncertainty.quantiles.isfinite().tolist() == [False, False, False, True, True]
+
+    model = ArmoRewardModel.from_pretrained(folder / "model", device="cpu")
+    assert model.links == LINKS
+    assert model.verify() < 1e-5
+    out = model.score(
+        [[*p["prompt"], {"role": "assistant", "content": p["chosen"]}] for p in pairs]
+    )
+    h = data.responses.read(data.tables.pairs_chosen)
+    torch.testing.assert_close(out.rewards, fitted.heads.rewards(h), atol=1e-5, rtol=0)
+    assert ((out.rewards[:, 1:3] > 0) & (out.rewards[:, 1:3] < 1)).all()
+    adjusted = adjusted_of(
+        data, load_transforms(folder / "decorrelation"), data.tables.pairs_chosen
+    )
+    torch.testing.assert_close(out.adjusted, adjusted, atol=1e-5, rtol=0)
+
+
+def test_judgements_reach_the_heads_with_the_weights_of_their_pairs(judged):
+    folder, _ = judged
+    data = EmbeddedData.load(folder / "embeddings")
+    fitted = FittedHeads.load(folder / "heads")
+    tables, k = data.tables, 1
+    train = tables.pairs_train & (tables.pairs_weight > 0)
+    train &= ~tables.pairs_judgements[:, k].isnan()
+    chosen, rejected = tables.pairs_chosen[train], tables.pairs_rejected[train]
+    rows = LabelledRows(
+        data.responses.read(chosen).double() - data.responses.read(rejected).double(),
+        tables.pairs_judgements[train, k],
+        tables.pairs_weight[train] / tables.pairs_weight[train].mean(),
+        fitted.fold_of_group[tables.group_of_response[chosen]],
+    )
+    choice = fit_judgements(
+        lambda: [rows], folds=len(fitted.without_fold), alphas=[fitted.summaries[k].alpha]
+    )
+    torch.testing.assert_close(fitted.heads.weights[k], choice.weights, rtol=1e-4, atol=1e-6)
+    for heads, (weights, _) in zip(fitted.without_fold, choice.without, strict=True):
+        torch.testing.assert_close(heads.weights[k], weights, rtol=1e-4, atol=1e-6)
+
+
+def test_the_report_of_judged_objectives_says_what_is_known_of_them(judged):
+    folder, pairs = judged
+    report = json.loads((folder / "report" / "report.json").read_text())
+    ranks = {row["objective"]: row for row in report["objectives"]}
+    errors = {row["objective"]: row for row in report["errors"]}
+    assert (ranks["honesty"]["ratings"], ranks["honesty"]["Spearman"]) == (0, None)
+    assert ranks["safety"]["Spearman"] is not None
+    assert errors["helpfulness"]["error"] > 0
+    assert errors["helpfulness"]["its width"] is None
+    assert errors["verbosity"]["its width"] > 0
+    judged_rows = {row["objective"]: row["judgements"] for row in report["judgements"]}
+    test = [p["judgements"] for p in pairs if p["split"] == "test" and len(p["judgements"]) == 2]
+    decided = sum(judgements["honesty"] != 0.5 for judgements in test)
+    assert judged_rows == {"helpfulness": len(test), "honesty": decided}

@@ -1,8 +1,8 @@
-"""Objective heads: one ridge regression from response embedding to rating per objective."""
+"""Objective heads: one linear map from response embedding to reward per objective."""
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +15,15 @@ from torch import Tensor
 
 from armo.artifacts import read_json, read_tensors, write_json, write_tensors
 from armo.embed.store import EmbeddingTable
+from armo.fit.judged import (
+    JudgedHead,
+    Judgements,
+    Labels,
+    Link,
+    apply_links,
+    fit_singles,
+    note_the_end,
+)
 from armo.fit.ridge import (
     RidgeChoice,
     RidgeSums,
@@ -50,11 +59,15 @@ class HeadSummary:
         objective: Name.
         ratings: Training ratings it was fitted on.
         alpha: Penalty chosen.
-        error: Cross-validated mean squared error on the scale [0, 1], over prompts.
-        explained: Share of the mean predictor's cross-validated error that it removes.
+        error: Cross-validated mean squared error of the ratings on the scale [0, 1], over prompts.
+            With the link `logistic`: cross-entropy, in nats.
+        explained: Share of the mean predictor's cross-validated error that it removes; of the best
+            constant's, with the link `logistic`.
         sigma: Standard deviation of a rating about the truth that the head estimates, from the
             residuals: the root of their weighted sum of squares over `ratings` less the
-            effective degrees of freedom.
+            effective degrees of freedom. With judgements as well: what is most likely. None with
+            the link `logistic`.
+        judgements: Training judgements it was fitted on.
     """
 
     objective: str
@@ -62,23 +75,43 @@ class HeadSummary:
     alpha: float
     error: float
     explained: float
-    sigma: float
+    sigma: float | None
+    judgements: int = 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ObjectiveHeads:
     """One linear reward head per objective, rows in the order of `objectives`.
 
-    The reward is `weights @ h + intercepts`, on the rating scale [0, 1]; it is not clipped.
+    The reward is `weights @ h + intercepts`, on the rating scale [0, 1]; it is not clipped. With
+    the link `logistic` it is the logistic function of that, a probability: of a yes, or of being
+    judged better than the mean training response.
+
+    Attributes:
+        objectives: Names.
+        weights: One row per objective.
+        intercepts: One per objective.
+        links: One per objective; none at all stands for `identity` everywhere.
     """
 
     objectives: tuple[str, ...]
     weights: Float[Tensor, "objectives dim"]
     intercepts: Float[Tensor, " objectives"]
+    links: tuple[Link, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.links:
+            object.__setattr__(self, "links", ("identity",) * len(self.objectives))
+        if len(self.links) != len(self.objectives) or not {*self.links} <= {*get_args(Link)}:
+            raise ValueError(
+                f"`links` must be one of {get_args(Link)} per objective, got {self.links} for "
+                f"{len(self.objectives)} objectives."
+            )
 
     def rewards(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch objectives"]:
-        """Predict ratings, in float64."""
-        return embeddings.double() @ self.weights.T + self.intercepts
+        """Predict ratings, or probabilities, in float64."""
+        linear = embeddings.double() @ self.weights.T + self.intercepts
+        return apply_links(linear, self.links)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -91,7 +124,8 @@ class RewardUncertainty:
     split-conformal: rewards out of their fold, of training responses, were within `quantile`
     deviations of their ratings in all but a share `miscoverage` of the cases.
 
-    Objectives that the same rows rate share one factor, the eigenvectors of `X~^T X~`.
+    Objectives that the same rows rate share one factor, the eigenvectors of `X~^T X~`. Objectives
+    that are not plain ridge have none: their deviations are NaN, their intervals without ends.
 
     Attributes:
         heads: Whose rewards are meant.
@@ -99,7 +133,7 @@ class RewardUncertainty:
         values: Eigenvalues.
         centres: Training mean of the embeddings; zero for heads without intercept.
         shares: One over the number of training rows; zero for heads without intercept.
-        factor_of: Factor of each objective.
+        factor_of: Factor of each objective; -1 for none.
         alphas: Penalty of each objective.
         sigmas: Deviation of a rating about the truth that its head estimates.
         quantiles: Half the width of an interval, in deviations; infinite where there were too
@@ -122,7 +156,8 @@ class RewardUncertainty:
         self, embeddings: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "batch objectives"]:
         """Predictive standard deviation of the rating of each response, in float64."""
-        variances = torch.empty(len(embeddings), len(self.alphas), dtype=torch.float64)
+        shape = len(embeddings), len(self.alphas)
+        variances = torch.full(shape, torch.nan, dtype=torch.float64)
         for factor, (vectors, values) in enumerate(zip(self.vectors, self.values, strict=True)):
             columns = (self.factor_of == factor).nonzero()[:, 0]
             rotated = (embeddings - self.centres[factor]).to(vectors.dtype) @ vectors
@@ -135,7 +170,8 @@ class RewardUncertainty:
     ) -> tuple[Float[Tensor, "batch objectives"], Float[Tensor, "batch objectives"]]:
         """Lower and upper ends of the intervals for the ratings; not clipped to [0, 1]."""
         rewards = self.heads.rewards(embeddings)
-        half = self.quantiles * self.deviations(embeddings)
+        endless = self.quantiles.isinf()
+        half = torch.where(endless, torch.inf, self.quantiles * self.deviations(embeddings))
         return rewards - half, rewards + half
 
     def save(self, path: Path) -> None:
@@ -186,22 +222,28 @@ class FittedHeads:
                 "fold_of_group": self.fold_of_group,
             },
         )
-        write_json(folder / "heads.json", [asdict(summary) for summary in self.summaries])
+        described = zip(self.summaries, self.heads.links, strict=True)
+        write_json(
+            folder / "heads.json",
+            [{**asdict(summary), "link": link} for summary, link in described],
+        )
         if self.uncertainty is not None:
             self.uncertainty.save(folder / UNCERTAINTY)
 
     @classmethod
     def load(cls, folder: Path) -> "FittedHeads":
         """Read what `save` wrote."""
-        summaries = tuple(HeadSummary(**entry) for entry in read_json(folder / "heads.json"))
+        described = read_json(folder / "heads.json")
+        links = tuple(entry.pop("link") for entry in described)
+        summaries = tuple(HeadSummary(**entry) for entry in described)
         names = tuple(summary.objective for summary in summaries)
         tensors = read_tensors(folder / "heads.safetensors")
-        heads = ObjectiveHeads(names, tensors["weights"], tensors["intercepts"])
+        heads = ObjectiveHeads(names, tensors["weights"], tensors["intercepts"], links)
         path = folder / UNCERTAINTY
         return cls(
             heads,
             tuple(
-                ObjectiveHeads(names, weights, intercepts)
+                ObjectiveHeads(names, weights, intercepts, links)
                 for weights, intercepts in zip(
                     tensors["fold_weights"], tensors["fold_intercepts"], strict=True
                 )
@@ -222,6 +264,8 @@ def fit_heads(
     group_count: int,
     other_groups: Int[Tensor, " others"] | None = None,
     sample_weights: Float[Tensor, " ratings"] | None = None,
+    judgements: Judgements | None = None,
+    logistic: Sequence[str] = (),
     folds: int = 5,
     alphas: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
     intercept: bool = True,
@@ -231,13 +275,20 @@ def fit_heads(
     calibration_rows: int = 20_000,
     seed: int = 0,
 ) -> FittedHeads:
-    """Fit one ridge regression per objective, on the rows that rate it.
+    """Fit one head per objective, on the rows that rate it and the pairs that are judged on it.
+
+    - An objective with ratings alone is a ridge regression, or a logistic one if it is named in
+      `logistic`: its reward is then the probability of a yes.
+    - One with judgements alone is a Bradley-Terry model; its reward is the probability of being
+      judged better than the mean judged response.
+    - One with both is fitted to both, and its reward stays on the rating scale.
 
     The penalty of each objective is chosen by cross-validation over prompts; the final fit uses
     all rows. Objectives rated by the same rows share the statistics and the factorisation; where
     the rows of two objectives overlap, the products of the common rows are computed once.
     Memory: about `2 folds + 4` matrices of `dim dim` in float64, whatever the number of rows and
-    objectives, beside the eigenvectors that are returned.
+    objectives, beside the eigenvectors that are returned. Objectives that are not plain ridge are
+    fitted one by one, in many passes over their rows.
 
     Args:
         store: Response embeddings; read shard by shard.
@@ -246,29 +297,33 @@ def fit_heads(
         groups: Prompt group of each rated response.
         objectives: Names of the columns of `ratings`.
         group_count: Number of prompt groups in all.
-        other_groups: Groups of further training rows, without ratings, that will need rewards
-            from heads fitted without them: dealt out to folds as well.
+        other_groups: Groups of further training rows, without ratings or judgements, that will
+            need rewards from heads fitted without them: dealt out to folds as well.
         sample_weights: How much each row's squared error counts, for every objective it rates,
             in the fit, in the choice of the penalty and in `sigma`; a row of weight zero is left
             out. They are divided by their mean over the rows of the objective, so that only their
             ratios matter and a penalty means the same with and without them.
+        judgements: Of pairs of responses in the store, with the columns of `ratings`. Pairs of a
+            prompt are in its fold.
+        logistic: Names of objectives whose ratings are yes (1), no (0) or a probability.
         folds: Parts of the cross-validation.
         alphas: Penalties to choose from, in units of squared embedding length.
-        intercept: Whether heads have one.
+        intercept: Whether ridge regressions have one.
         targets: What the heads predict: the `ratings`, or their `ranks`, mid-ranks mapped to
             (0, 1) among the training rows that rate the objective. Rewards are then quantiles,
-            and a rank depends on all rows, those of the own fold included.
+            and a rank depends on all rows, those of the own fold included. Not for `logistic`.
         clip: Ratings are moved to their quantiles `clip` and `1 - clip` where they are beyond;
             less than a half.
         miscoverage: Share of ratings that may fall outside their interval. Intervals are for the
-            ratings (or their ranks) as they are without `clip`.
+            ratings (or their ranks) as they are without `clip`, and of plain ridge regressions.
         calibration_rows: Intervals are set on at most so many rows of an objective, drawn by
             `seed`; each counts once, whatever its weight.
         seed: Of the folds, and see `calibration_rows`.
 
     Raises:
-        ValueError: If an objective has no rating, or all its prompts are in one fold; if a
-            setting or a weight is out of range.
+        ValueError: If an objective has no rating and no judgement, or all its prompts are in one
+            fold; if one in `logistic` is unknown or has judgements; if a setting or a weight is
+            out of range.
     """
     _check_settings(
         targets=targets, clip=clip, miscoverage=miscoverage, calibration_rows=calibration_rows
@@ -278,14 +333,32 @@ def fit_heads(
         heavy = sample_weights > 0.0
         rows, ratings, groups = rows[heavy], ratings[heavy], groups[heavy]
         sample_weights = sample_weights[heavy]
-    every = groups if other_groups is None else torch.cat([groups, other_groups])
-    fold_of_group = deal_folds(every, folds=folds, group_count=group_count, seed=seed)
+    judged = None if judgements is None else judgements.used()
+    others = [] if other_groups is None else [other_groups]
+    every = [groups, *others, *([] if judged is None else [judged.groups])]
+    fold_of_group = deal_folds(torch.cat(every), folds=folds, group_count=group_count, seed=seed)
     training = _Rows(store, rows, fold_of_group[groups], folds, sample_weights)
     rated = ~ratings.isnan()
+    aims = as_targets(ratings, targets=targets, clip=clip)
+    binary = torch.tensor([name in logistic for name in objectives])
+    single = fit_singles(
+        training.labels(torch.where(binary, ratings.double(), aims)),
+        None if judged is None else judged.labels(store, fold_of_group),
+        objectives=objectives,
+        logistic=logistic,
+        folds=folds,
+        alphas=alphas,
+    )
+    plain = [k for k in range(len(objectives)) if k not in single]
+    if empty := [objectives[k] for k in plain if not bool(rated[:, k].any())]:
+        raise ValueError(
+            f"{', '.join(empty)}: 0 ratings and no judgements. Add data or drop the objective."
+        )
     blocks: list[_Block] = []
     sums: list[RidgeSums] = []
     before = torch.zeros(len(rows), dtype=torch.bool)
-    for columns, kept in order_blocks(rated):
+    for places, kept in order_blocks(rated[:, plain]) if plain else ():
+        columns = [plain[place] for place in places]
         now = rated[:, columns[0]]
         names = [objectives[column] for column in columns]
         if len(training.fold[now].unique()) < 2:
@@ -295,17 +368,16 @@ def fit_heads(
             )
         if not kept:
             sums, before = [], torch.zeros_like(now)
-        values = ratings[:, columns].double()
-        wanted = as_targets(values, targets=targets, clip=clip)
+        wanted = aims[:, columns]
         sums = _turn(sums, training, wanted, before=before, now=now)
         block, systems = _fit_block(names, columns, sums, alphas=alphas, intercept=intercept)
         drawn = draw_rows(now, count=calibration_rows, seed=seed)
-        truth = as_targets(values, targets=targets) if clip else wanted
+        truth = as_targets(ratings[:, columns], targets=targets) if clip else wanted
         scores = _normalised_residuals(block, systems, training, truth, drawn)
         blocks.append(replace(block, quantiles=conformal_quantiles(scores, miscoverage)))
         del systems
         before = now
-    return _joined(blocks, tuple(objectives), fold_of_group, miscoverage=miscoverage)
+    return _joined(blocks, single, tuple(objectives), fold_of_group, miscoverage=miscoverage)
 
 
 def _check_settings(
@@ -417,6 +489,10 @@ class _Rows:
         if held:
             yield chosen[torch.cat([p for p, _ in held])], torch.cat([e for _, e in held])
 
+    def labels(self, targets: Float[Tensor, "ratings objectives"]) -> Labels:
+        weights = torch.ones(len(self.number)) if self.weights is None else self.weights
+        return Labels(self.store, self.number, None, targets, weights.double(), self.fold)
+
     def weights_of(self, chosen: Int[Tensor, " chosen"]) -> Float[Tensor, " chosen"] | None:
         return None if self.weights is None else self.weights[chosen]
 
@@ -500,8 +576,7 @@ def _fit_block(
         degrees = float(intercept) + float((values / (values + choice.alpha)).sum())
         residual = float(squared_error(solution, total)[k])
         summaries.append(_summary(name, choice, count, residual / (count - degrees)))
-        if choice.alpha in (min(alphas), max(alphas)) and len(alphas) > 1:
-            logger.info("%s: the penalty chosen, %g, is at the end of `alphas`", name, choice.alpha)
+        note_the_end(name, choice.alpha, alphas)
     block = _Block(
         columns,
         summaries,
@@ -541,7 +616,7 @@ def _normalised_residuals(
     penalties = [summary.alpha for summary in block.summaries]
     tried = sorted(set(penalties))
     place = torch.tensor([tried.index(alpha) for alpha in penalties])
-    sigmas = torch.tensor([summary.sigma for summary in block.summaries], dtype=torch.float64)
+    sigmas = torch.tensor([s.sigma for s in block.summaries], dtype=torch.float64)
     parts = []
     for chunk, embeddings in rows.chunks(drawn):
         for fold, system in enumerate(systems):
@@ -557,34 +632,47 @@ def _normalised_residuals(
 
 def _joined(
     blocks: Sequence[_Block],
+    single: Mapping[int, JudgedHead],
     objectives: tuple[str, ...],
     fold_of_group: Int[Tensor, " groups"],
     *,
     miscoverage: float,
 ) -> FittedHeads:
-    """Put the objectives of all blocks in their own order."""
-    order = torch.tensor([column for block in blocks for column in block.columns]).argsort()
-    in_blocks = [summary for block in blocks for summary in block.summaries]
-    summaries = tuple(in_blocks[k] for k in order.tolist())
-    weights = torch.cat([block.weights for block in blocks], dim=1)[:, order]
-    intercepts = torch.cat([block.intercepts for block in blocks], dim=1)[:, order]
+    """Put the objectives of all blocks, and those fitted one by one, in their own order."""
+    order = torch.tensor([*(k for block in blocks for k in block.columns), *single]).argsort()
+    in_turn = [summary for block in blocks for summary in block.summaries]
+    in_turn += [
+        HeadSummary(objectives[k], h.ratings, h.alpha, h.error, h.explained, h.sigma, h.judgements)
+        for k, h in single.items()
+    ]
+    summaries = tuple(in_turn[k] for k in order.tolist())
+    links = tuple(single[k].link if k in single else "identity" for k in range(len(objectives)))
+    weights, intercepts = [b.weights for b in blocks], [b.intercepts for b in blocks]
+    weights += [head.weights[:, None] for head in single.values()]
+    intercepts += [head.intercepts[:, None] for head in single.values()]
     *without_fold, heads = (
-        ObjectiveHeads(objectives, w, b) for w, b in zip(weights, intercepts, strict=True)
+        ObjectiveHeads(objectives, w[order], b[order], links)
+        for w, b in zip(torch.cat(weights, dim=1), torch.cat(intercepts, dim=1), strict=True)
     )
-    factors = torch.tensor([k for k, block in enumerate(blocks) for _ in block.columns])
+    fitted = FittedHeads(heads, tuple(without_fold), fold_of_group, summaries)
+    if not blocks:
+        return fitted
+    factors = [k for k, block in enumerate(blocks) for _ in block.columns] + [-1] * len(single)
+    none = torch.full((len(single),), torch.inf, dtype=torch.float64)
+    sigmas = [math.nan if summary.sigma is None else summary.sigma for summary in summaries]
     uncertainty = RewardUncertainty(
         heads,
         torch.stack([block.vectors for block in blocks]),
         torch.stack([block.values for block in blocks]),
         torch.stack([block.centre for block in blocks]),
         torch.tensor([block.share for block in blocks], dtype=torch.float64),
-        factors[order],
+        torch.tensor(factors)[order],
         torch.tensor([summary.alpha for summary in summaries], dtype=torch.float64),
-        torch.tensor([summary.sigma for summary in summaries], dtype=torch.float64),
-        torch.cat([block.quantiles for block in blocks])[order],
+        torch.tensor(sigmas, dtype=torch.float64),
+        torch.cat([*(block.quantiles for block in blocks), none])[order],
         miscoverage,
     )
-    return FittedHeads(heads, tuple(without_fold), fold_of_group, summaries, uncertainty)
+    return replace(fitted, uncertainty=uncertainty)
 
 
 def deal_folds(

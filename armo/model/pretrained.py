@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -14,6 +14,7 @@ from armo.data.objectives import ObjectiveSet
 from armo.data.surface import SURFACE_FEATURES, SURFACE_VERSION
 from armo.embed.spec import BackboneSpec
 from armo.fit.gating import GatingNetwork
+from armo.fit.judged import Link
 
 FORMAT = 2
 CONFIG = "config.json"
@@ -32,12 +33,14 @@ class ModelConfig:
         gate: Shape of the gating network, as its constructor spells it.
         covariates: Surface features that the adjusted rewards are computed from beside the
             embedding, if any.
+        links: From the linear part of each head to its reward, in column order.
     """
 
     objectives: ObjectiveSet
     backbone: BackboneSpec
     gate: dict[str, Any]
     covariates: tuple[str, ...]
+    links: tuple[Link, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `config.json`."""
@@ -48,6 +51,7 @@ class ModelConfig:
             "backbone": asdict(self.backbone),
             "gate": self.gate,
             "covariates": {"version": SURFACE_VERSION, "names": list(self.covariates)},
+            "links": list(self.links),
         }
 
     @classmethod
@@ -68,11 +72,13 @@ class ModelConfig:
         ):
             raise ArtifactError(f"{path}: not an armo model of format {FORMAT}")
         try:
+            objectives = ObjectiveSet.from_dicts(values["objectives"])
             return cls(
-                objectives=ObjectiveSet.from_dicts(values["objectives"]),
+                objectives=objectives,
                 backbone=BackboneSpec(**values["backbone"]),
                 gate=values["gate"],
                 covariates=_covariates(**values["covariates"]),
+                links=_links(values["links"], count=len(objectives.names)),
             )
         except KeyError as error:
             raise ArtifactError(f"{path}: field {error} is missing") from None
@@ -107,6 +113,16 @@ def _covariates(*, version: int, names: Sequence[str]) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in SURFACE_FEATURES]:
         raise ValueError(f"`covariates` are unknown: {', '.join(unknown)}")
     return tuple(names)
+
+
+def _links(links: Any, *, count: int) -> tuple[Link, ...]:
+    known = get_args(Link)
+    if not isinstance(links, list) or len(links) != count or any(x not in known for x in links):
+        raise ValueError(
+            f"`links` must be a list of {count}, one of {', '.join(known)} for each objective, got "
+            f"{links!r}"
+        )
+    return tuple(links)
 
 
 def load_weights(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

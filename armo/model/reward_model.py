@@ -24,6 +24,7 @@ from armo.embed.spec import BackboneError
 from armo.fit.decorrelation import RewardTransform
 from armo.fit.gating import GatingNetwork, contributions
 from armo.fit.heads import ObjectiveHeads
+from armo.fit.judged import apply_links
 from armo.model.pretrained import (
     CARD,
     CONFIG,
@@ -52,7 +53,9 @@ class RewardOutput:
     Attributes:
         objectives: Names of the columns.
         score: The number that ranks responses to a prompt: the sum of the contributions.
-        rewards: What a rater would say, on [0, 1] or on each source's scale; not clipped.
+        rewards: What a rater would say, on [0, 1] or on each source's scale; not clipped. Of
+            objectives learned from yes or no, or from judged pairs alone, a probability: of a yes,
+            or of being judged better than the mean training response.
         adjusted: Rewards standardised and decorrelated from style.
         gating_weights: Non-negative, sum to one; from the prompt alone.
         contributions: Gating weight times adjusted reward.
@@ -127,6 +130,7 @@ class ArmoRewardModel(nn.Module):
         self.backbone = backbone
         self.folder: Path | None = None
         self.covariates = transform.covariates
+        self.links = heads.links
         self.gate = copy.deepcopy(gate).eval().requires_grad_(False).double()
         for name, tensor in {
             "head_weights": heads.weights,
@@ -188,7 +192,9 @@ class ArmoRewardModel(nn.Module):
         model = cls(
             objectives=config.objectives,
             backbone=load_backbone(config.backbone, device=device, batch_tokens=batch_tokens),
-            heads=ObjectiveHeads(names, tensors["head_weights"], tensors["head_intercepts"]),
+            heads=ObjectiveHeads(
+                names, tensors["head_weights"], tensors["head_intercepts"], config.links
+            ),
             transform=RewardTransform(
                 names,
                 tensors["adjusted_weights"],
@@ -307,7 +313,7 @@ class ArmoRewardModel(nn.Module):
             ValueError: If the texts are needed and not given, or are not one per response.
         """
         h = responses.double()
-        rewards = h @ self.head_weights.T + self.head_intercepts
+        rewards = apply_links(h @ self.head_weights.T + self.head_intercepts, self.links)
         adjusted = h @ self.adjusted_weights.T + self.adjusted_offset
         if self.covariates:
             if texts is None or len(texts) != len(h):
@@ -355,7 +361,9 @@ class ArmoRewardModel(nn.Module):
         if bool(out.score.isnan().any()):
             number = int(out.score.isnan().nonzero()[0])
             raise ValueError(f"golden conversation {number} has no score: it is too long")
-        config = ModelConfig(self.objectives, self.backbone.spec, self.gate.shape, self.covariates)
+        config = ModelConfig(
+            self.objectives, self.backbone.spec, self.gate.shape, self.covariates, self.links
+        )
         write_json(folder / CONFIG, config.to_dict())
         write_tensors(folder / WEIGHTS, self.state_dict())
         write_json(

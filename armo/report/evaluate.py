@@ -115,6 +115,9 @@ def evaluate(
     """
     after, before = _Scored(data, mix), _Scored(data, undecorrelated)
     tables = _objective_tables(data, heads, seed=seed)
+    judgements = data.tables.pairs_judgements[data.tables.pairs_test]
+    if bool(((judgements - 0.5).abs() > 0.0).any()):  # neither missing nor all ties
+        tables.append(_judgement_table(data, heads, seed=seed))
     if bool(data.tables.pairs_test.any()):
         tables += [
             _rival_table(data, after, before, constant_weights, seed=seed),
@@ -196,6 +199,8 @@ def _objective_tables(data: EmbeddedData, fitted: FittedHeads, *, seed: int) -> 
             )
         )
         gain = bootstrap_interval(mean_off - off, prompts, seed=seed)
+        # Heads that are not plain ridge, or have too few ratings, have none.
+        bounded = uncertainty is not None and bool(uncertainty.quantiles[k].isfinite())
         inside = (low[rated, k] <= truth) & (truth <= high[rated, k])
         width = abs(objective.scale[1]) * (high - low)[rated, k]
         errors.append(
@@ -206,8 +211,8 @@ def _objective_tables(data: EmbeddedData, fitted: FittedHeads, *, seed: int) -> 
                 float(style_off.mean()),
                 gain.low,
                 gain.high,
-                None if uncertainty is None else float(inside.double().mean()),
-                None if uncertainty is None else float(width.mean()),
+                float(inside.double().mean()) if bounded else None,
+                float(width.mean()) if bounded else None,
             )
         )
     return [
@@ -252,6 +257,38 @@ def _objective_tables(data: EmbeddedData, fitted: FittedHeads, *, seed: int) -> 
             ),
         ),
     ]
+
+
+def _judgement_table(data: EmbeddedData, fitted: FittedHeads, *, seed: int) -> Table:
+    """How often each head, and length, rank the two responses of a pair as judges did."""
+    tables = data.tables
+    test = tables.pairs_test
+    chosen, rejected = tables.pairs_chosen[test], tables.pairs_rejected[test]
+    groups = tables.group_of_response[chosen]
+    # Of the linear parts: a link changes no order, but probabilities near one can round to it.
+    embeddings = data.responses.read(chosen).double() - data.responses.read(rejected).double()
+    differences = embeddings @ fitted.heads.weights.T
+    longer = data.style(chosen, ["log_length"]) - data.style(rejected, ["log_length"])
+    rows = []
+    for k, name in enumerate(data.objectives.names):
+        side = (tables.pairs_judgements[test, k] - 0.5).sign()
+        decided = side.abs() > 0.0  # neither missing nor a tie
+        if not bool(decided.any()):
+            continue
+        credit, length = (
+            pairwise_accuracy((values * side)[decided])
+            for values in (differences[:, k], longer[:, 0])
+        )
+        interval = bootstrap_interval(credit, groups[decided], seed=seed)
+        rows.append((name, int(decided.sum()), *_spread(interval), float(length.mean())))
+    return Table(
+        "judgements",
+        "Rewards against judgements of pairs: accuracy by objective",
+        ("objective", "judgements", "accuracy", "low", "high", "longer wins"),
+        tuple(rows),
+        "Test pairs that were judged on the objective, ties left out; 95 % bootstrap intervals "
+        "over prompts. Longer wins: what preferring the longer response gets.",
+    )
 
 
 def _style_ridge(

@@ -371,6 +371,22 @@ def test_folds_are_balanced_and_keep_prompts_whole(sizes, folds, order):
     assert counts.max() - counts.min() <= max(sizes)
 
 
+@pytest.mark.parametrize("folds", [2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_sources_that_take_turns_do_not_land_in_one_fold_each(folds, rows):
+    prompts = torch.arange(40 * folds)
+    source = prompts % folds
+    fold_of_group = deal_folds(
+        prompts.repeat_interleave(rows), folds=folds, group_count=len(prompts)
+    )
+    shares = torch.zeros(folds, folds).index_put_(
+        (source, fold_of_group), torch.full((len(prompts),), 1 / 40), accumulate=True
+    )
+    assert ((shares - 1 / folds).abs() < 0.25).all()
+    other = deal_folds(prompts, folds=folds, group_count=len(prompts), seed=1)
+    assert not torch.equal(fold_of_group, other)
+
+
 # --- rows that objectives share -----------------------------------------------------------------
 
 
@@ -620,7 +636,7 @@ def test_too_few_ratings_give_an_interval_without_ends(tmp_path):
     assert low[:, [0, 2]].isfinite().all()
 
 
-def test_rows_for_the_intervals_are_drawn_by_the_seed(tmp_path):
+def test_rows_for_the_intervals_are_drawn_by_the_seed(tmp_path, monkeypatch):
     chosen = torch.arange(30) % 3 > 0
     drawn = draw_rows(chosen, count=7, seed=1)
     assert len(drawn.unique()) == 7
@@ -629,6 +645,9 @@ def test_rows_for_the_intervals_are_drawn_by_the_seed(tmp_path):
     assert not torch.equal(drawn, draw_rows(chosen, count=7, seed=2))
     assert torch.equal(draw_rows(chosen, count=20, seed=1), chosen.nonzero()[:, 0])
     problem = Problem(tmp_path)
+    # The same folds for both, since they depend on the seed as well.
+    folds = deal_folds(problem.groups, folds=FOLDS, group_count=problem.prompts)
+    monkeypatch.setattr("armo.fit.heads.deal_folds", lambda groups, **how: folds)
     one, other = problem.fit(calibration_rows=20), problem.fit(calibration_rows=20, seed=1)
     assert torch.equal(one.heads.weights, other.heads.weights)
     assert not torch.equal(one.uncertainty.quantiles, other.uncertainty.quantiles)

@@ -105,6 +105,25 @@ def test_saving_and_loading_gives_the_same_bits(made, tmp_path):
     assert made.compare("Hi", "Yes.", "No!") == loaded.compare("Hi", "Yes.", "No!")
 
 
+def test_links_are_saved_loaded_and_verified_and_change_the_rewards_alone(encoder, tmp_path):
+    links = ("logistic", "identity", "identity", "identity", "logistic")
+    made, plain = make_model(encoder, links=links), make_model(encoder)
+    made.save_pretrained(tmp_path / "model", golden=GOLDEN)
+    loaded = load(tmp_path / "model")
+    assert loaded.links == ModelConfig.load(tmp_path / "model").links == links
+    assert loaded.verify() < 1e-5
+    out, linear = loaded.score(MORE), plain.score(MORE)
+    for name in FIELDS:
+        assert torch.equal(getattr(out, name), getattr(made.score(MORE), name))
+        assert torch.equal(getattr(out, name), getattr(linear, name)) == (name != "rewards")
+    assert torch.equal(out.rewards[:, 1:4], linear.rewards[:, 1:4])
+    torch.testing.assert_close(out.rewards[:, [0, 4]], linear.rewards[:, [0, 4]].sigmoid())
+    # Without its links the model gives other rewards than it was saved with.
+    change_json(tmp_path / "model" / "config.json", lambda c: c.update(links=["identity"] * 5))
+    with pytest.raises(ArtifactError, match="golden outputs deviate"):
+        load(tmp_path / "model").verify()
+
+
 def test_saving_what_was_loaded_writes_the_same_files(saved, tmp_path):
     load(saved).save_pretrained(tmp_path, golden=GOLDEN, card="# A card\n")
     names = {file.name for file in saved.iterdir()}
@@ -258,8 +277,14 @@ def test_a_backbone_that_is_nowhere_is_named(folder):
         (lambda config: config["gate"].pop("dim"), "dim"),
         (lambda config: config["gate"].update(objectives=4), "objectives"),
         (lambda config: config["gate"].update(colour="red"), "colour"),
-        (lambda config: config.update(format=1), "not an armo model of format 2"),
-        (lambda config: config.update(model_type="bert"), "not an armo model of format 2"),
+        (lambda config: config.update(format=1), "not an armo model of format 3"),
+        (lambda config: config.update(model_type="bert"), "not an armo model of format 3"),
+        (lambda config: config.update(format=2), "not an armo model of format 3"),
+        (lambda config: config.pop("links"), "'links' is missing"),
+        (lambda config: config.update(links="identity"), "`links` must be a list of 5"),
+        (lambda config: config["links"].pop(), "`links` must be a list of 5, one of identity, "),
+        (lambda config: config["links"].append("identity"), "`links` must be a list of 5"),
+        (lambda config: config["links"].__setitem__(0, "probit"), "`links` must be a list of 5"),
         (lambda config: config.pop("covariates"), "'covariates' is missing"),
         (lambda config: config["covariates"].pop("version"), "version"),
         (lambda config: config["covariates"].pop("names"), "names"),
@@ -298,6 +323,7 @@ def test_the_configuration_keeps_every_declaration(saved, encoder):
     assert config.backbone.digest is not None
     assert config.gate == make_model(encoder).gate.shape
     assert config.covariates == MEASURED
+    assert config.links == ("identity",) * 5
 
 
 def test_covariates_that_are_fewer_than_their_coefficients_are_refused(folder):

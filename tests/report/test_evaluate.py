@@ -1,3 +1,4 @@
+import dataclasses
 import random
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -353,6 +354,73 @@ def test_rewards_are_compared_with_ratings_on_the_scale_of_the_source(case):
     assert ranks["honesty"]["ratings"] == 0
     assert ranks["honesty"]["Spearman"] is None
     assert errors["honesty"]["error"] is None
+
+
+def test_an_interval_without_ends_is_left_out_of_the_report(case, tmp_path):
+    count, dim = case.heads.weights.shape
+    quantiles = torch.full((count,), 3.0).double()
+    quantiles[0] = torch.inf
+    uncertainty = RewardUncertainty(
+        case.heads,
+        vectors=torch.eye(dim)[None],
+        values=torch.ones(1, dim, dtype=torch.float64),
+        centres=torch.zeros(1, dim, dtype=torch.float64),
+        shares=torch.zeros(1, dtype=torch.float64),
+        factor_of=torch.zeros(count, dtype=torch.long),
+        alphas=torch.ones(count, dtype=torch.float64),
+        sigmas=torch.full((count,), 0.5, dtype=torch.float64),
+        quantiles=quantiles,
+        miscoverage=0.1,
+    )
+    evaluation = _evaluate(
+        case.data,
+        heads=case.heads,
+        mix=case.mix,
+        other=case.other,
+        constant=case.constant,
+        uncertainty=uncertainty,
+    )
+    table = evaluation.table("errors")
+    assert (table.column("in the interval")[0], table.column("its width")[0]) == (None, None)
+    assert table.column("its width")[2] > 0
+    save_pages(evaluation, tmp_path, title="A report")  # no number that JSON does not have
+
+
+def test_heads_are_held_against_the_judgements_of_test_pairs(case):
+    tables = case.data.tables
+    judged = torch.full((len(tables.pairs_chosen), 5), torch.nan).double()
+    kinds = torch.tensor([0.9, 0.2, 0.5, torch.nan, 0.7]).double()
+    judged[:, 1] = kinds[torch.arange(len(judged)) % 5]
+    judged[:, 2] = 0.5
+    judged[tables.pairs_train, 3] = 0.9
+    data = dataclasses.replace(
+        case.data, tables=dataclasses.replace(tables, pairs_judgements=judged)
+    )
+    links = ("logistic",) * 5
+    parts = {"mix": case.mix, "other": case.other, "constant": case.constant}
+    heads = dataclasses.replace(case.heads, links=links)
+    table = _evaluate(data, heads=heads, **parts).table("judgements")
+    [(name, count, accuracy, low, high, longer)] = table.rows
+    credits, lengths = [], []
+    length = data.covariates.index("log_length")
+    for k in tables.pairs_test.nonzero()[:, 0].tolist():
+        probability = float(judged[k, 1])
+        if probability != probability or probability == 0.5:
+            continue
+        rows = torch.stack([tables.pairs_chosen[k], tables.pairs_rejected[k]])
+        better = rows if probability > 0.5 else rows.flip(0)
+        first, second = case.heads.rewards(data.responses.read(better))[:, 1].tolist()
+        credits.append(float(first > second))
+        first, second = tables.covariates[better, length].tolist()
+        lengths.append(float(first > second) + 0.5 * (first == second))
+    assert (name, count) == (data.objectives.names[1], len(credits))
+    assert accuracy == pytest.approx(sum(credits) / len(credits))
+    assert longer == pytest.approx(sum(lengths) / len(lengths))
+    assert low <= accuracy <= high
+
+
+def test_without_judgements_that_decide_there_is_no_table_of_them(case):
+    assert "judgements" not in [table.name for table in case.evaluation.tables]
 
 
 def test_intervals_of_rewards_are_held_against_the_ratings(case):
