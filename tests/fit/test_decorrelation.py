@@ -630,7 +630,10 @@ def test_no_features_leave_the_rewards_alone():
 
 def test_style_features_are_among_those_that_are_measured():
     assert set(STYLE_FEATURES) < set(SURFACE_FEATURES)
-    assert set(SURFACE_FEATURES) - set(STYLE_FEATURES) == {"inline_code", "questions"}
+    assert set(SURFACE_FEATURES) - set(STYLE_FEATURES) == {
+        *("lines", "paragraphs"),  # which follow from length and lists
+        *("inline_code", "questions"),  # which are as much content
+    }
 
 
 def test_adjusted_is_the_affine_map_written_row_by_row():
