@@ -21,8 +21,8 @@ def token_batches(
         max_rows: Rows per batch at most.
 
     Example:
-        >>> list(token_batches([1, 5, 2, 5], max_tokens=10, enough=10))
-        [[1, 3], [2, 0]]
+        >>> list(token_batches([4, 9, 4, 9], max_tokens=20, enough=20))
+        [[1, 3], [0, 2]]
     """
     if max_tokens < 1 or (max_rows is not None and max_rows < 1):
         raise ValueError("`max_tokens` and `max_rows` must be positive.")

@@ -1,5 +1,6 @@
 """Faster float32 matrix products on a CPU."""
 
+import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+# oneDNN keeps compiled code for each shape it has met, up to 1,024 of them. Batches come in as many
+# shapes, and memory grew by some 100 MB with every thousand texts at first, while one batch needs a
+# handful. Read on first use.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 # A weight that is laid out anew is there twice: of a large model, only the first layers are.
 PACKED_BYTES = 2**30
