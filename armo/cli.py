@@ -115,6 +115,7 @@ def train(cfg: DictConfig) -> None:
     )
     benchmark = cfg.data.benchmark
     backbone = cfg.embed.backbone
+    source_weights = plain(cfg.fit)["source_weights"] or {}
     tasks: dict[str, Callable[[], None]] = {
         "embed": lambda: stages.run_embed(
             run,
@@ -139,7 +140,7 @@ def train(cfg: DictConfig) -> None:
             run,
             settings=plain(cfg.fit.heads),
             fit=_build(cfg.fit.heads),
-            source_weights=plain(cfg.fit.source_weights),
+            source_weights=source_weights,
         ),
         "decorrelation": lambda: stages.run_decorrelation(
             run, settings=plain(cfg.fit.decorrelation), fit=_build(cfg.fit.decorrelation)
@@ -148,7 +149,7 @@ def train(cfg: DictConfig) -> None:
             run,
             settings={"gating": plain(cfg.fit.gating), "trainer": plain(cfg.fit.trainer)},
             fit=_build(cfg.fit.gating, trainer=_build(cfg.fit.trainer)),
-            source_weights=plain(cfg.fit.source_weights),
+            source_weights=source_weights,
         ),
         "model": lambda: stages.run_model(run, backbone=_build(backbone)),
         "report": lambda: stages.run_report(run, settings=plain(cfg.report), **plain(cfg.report)),

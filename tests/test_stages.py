@@ -39,6 +39,7 @@ from armo.stages import (
     Run,
     decorrelation_table,
     out_of_fold_differences,
+    row_weights,
     train_gate,
 )
 
@@ -857,3 +858,47 @@ def test_the_report_of_judged_objectives_says_what_is_known_of_them(judged):
     test = [p["judgements"] for p in pairs if p["split"] == "test" and len(p["judgements"]) == 2]
     decided = sum(judgements["honesty"] != 0.5 for judgements in test)
     assert judged_rows == {"helpfulness": len(test), "honesty": decided}
+
+
+def test_the_weight_of_a_source_multiplies_those_of_its_rows(trained):
+    data = EmbeddedData.load(trained[0] / "embeddings")
+    data = dataclasses.replace(data, sources=("a", "b", "c"))
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    sources = torch.tensor([2, 0, 1, 2])
+    made = row_weights(data, weights, sources, {"c": 0.5, "a": 0.0})
+    assert made.tolist() == [0.5, 0.0, 3.0, 2.0]
+    assert row_weights(data, weights, sources, {}).tolist() == weights.tolist()
+    with pytest.raises(ValueError, match=r"`source_weights` names d; the sources are a, b, c"):
+        row_weights(data, weights, sources, {"d": 1.0})
+    for weight in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="must be finite and not negative"):
+            row_weights(data, weights, sources, {"a": weight})
+
+
+def test_the_gate_is_not_given_pairs_of_weight_nought(trained, tmp_path):
+    data = EmbeddedData.load(trained[0] / "embeddings")
+    heads = FittedHeads.load(trained[0] / "heads")
+    transforms = load_transforms(trained[0] / "decorrelation")
+    tables, given = data.tables, []
+    sources = torch.arange(len(tables.pairs_source)) % 2
+    data = dataclasses.replace(
+        data, sources=("kept", "left"), tables=dataclasses.replace(tables, pairs_source=sources)
+    )
+
+    def fit(prompts, differences, groups, **how):
+        given.append((prompts, how["weights"]))
+        return load_gating(trained[0] / "gating", "gate")
+
+    how = {"fit": fit, "folder": tmp_path, "seed": 0}
+    train_gate(data, heads, transforms, **how, source_weights={"left": 0.0, "kept": 0.5})
+    train = tables.pairs_train & (sources == 0)
+    expected = data.prompt_embeddings(tables.pairs_chosen[train])
+    torch.testing.assert_close(given[0][0], expected)
+    assert len(given[0][1]) == int(train.sum())
+
+
+def test_the_weight_of_a_source_trains_the_heads_and_the_gate_again(arguments, folder):
+    again = run_again(arguments, folder, "fit.source_weights={test: 2.0}")
+    assert again == set(STAGES) - {"embed"}
+    error = error_of(*arguments, f"output_dir={folder}", "fit.source_weights={nowhere: 2.0}")
+    assert "`source_weights` names nowhere; the sources are test" in error
