@@ -116,6 +116,11 @@ def train(cfg: DictConfig) -> None:
     benchmark = cfg.data.benchmark
     backbone = cfg.embed.backbone
     source_weights = plain(cfg.fit)["source_weights"] or {}
+    for name, weight in source_weights.items():
+        if not isinstance(weight, int | float) or not 0.0 <= weight < float("inf"):
+            raise ValueError(
+                f"`source_weights` must be finite numbers from 0 on, got {weight!r} for {name}"
+            )
     tasks: dict[str, Callable[[], None]] = {
         "embed": lambda: stages.run_embed(
             run,
@@ -143,7 +148,10 @@ def train(cfg: DictConfig) -> None:
             source_weights=source_weights,
         ),
         "decorrelation": lambda: stages.run_decorrelation(
-            run, settings=plain(cfg.fit.decorrelation), fit=_build(cfg.fit.decorrelation)
+            run,
+            settings=plain(cfg.fit.decorrelation),
+            fit=_build(cfg.fit.decorrelation),
+            source_weights=source_weights,
         ),
         "gating": lambda: stages.run_gating(
             run,

@@ -25,6 +25,7 @@ from armo.artifacts import (
     digest_json,
     finish_artifact,
     is_current,
+    read_json,
     require_artifact,
 )
 from armo.data.conversation import PreferencePair, RatedResponse, ResponseList
@@ -84,6 +85,20 @@ class Run:
         key: str = require_artifact(self.stage_folder(stage), stage=stage)["key"]
         return key
 
+    def _check_ancestry(self, inputs: Mapping[str, str]) -> None:
+        """Refuse inputs of which one was made from another state of the next."""
+        for stage in STAGES:
+            if stage not in inputs:
+                continue
+            made_from = read_json(self.stage_folder(stage) / MANIFEST)["inputs"]
+            if stale := [
+                name for name in STAGES if made_from.get(name) not in (None, inputs.get(name))
+            ]:
+                raise ArtifactError(
+                    f"{self.stage_folder(stage)} was made from another `{stale[0]}` than is there "
+                    f"now; run `armo train stages=[{stage}]` again first, or all stages"
+                )
+
     def do(
         self,
         stage: str,
@@ -104,6 +119,7 @@ class Run:
             fresh: Whether to start from an empty folder, or go on with what is there.
             help_with: What the other processes do meanwhile.
         """
+        self._check_ancestry(inputs)
         folder = self.stage_folder(stage)
         version = importlib.metadata.version("armo")
         key = digest_json([version, settings, dict(inputs)])
@@ -262,7 +278,13 @@ def run_heads(
     run.do("heads", settings=whole, inputs=inputs, work=work)
 
 
-def run_decorrelation(run: Run, *, settings: Any, fit: Callable[..., FittedTransforms]) -> None:
+def run_decorrelation(
+    run: Run,
+    *,
+    settings: Any,
+    fit: Callable[..., FittedTransforms],
+    source_weights: Mapping[str, float],
+) -> None:
     """Fit the reward transform on the responses of the training pairs."""
     inputs = {stage: run.key_of(stage) for stage in ("embed", "heads")}
 
@@ -270,7 +292,8 @@ def run_decorrelation(run: Run, *, settings: Any, fit: Callable[..., FittedTrans
         data = EmbeddedData.load(run.stage_folder("embed"))
         heads = FittedHeads.load(run.stage_folder("heads"))
         tables = data.tables
-        train = tables.pairs_train
+        weights = row_weights(data, tables.pairs_weight, tables.pairs_source, source_weights)
+        train = tables.pairs_train & (weights > 0.0)
         reference = torch.cat([tables.pairs_chosen[train], tables.pairs_rejected[train]]).unique()
         embeddings = data.responses.read(reference)
         shared = {
@@ -284,7 +307,8 @@ def run_decorrelation(run: Run, *, settings: Any, fit: Callable[..., FittedTrans
         save_transforms(folder, decorrelated=fitted, undecorrelated=plain)
         print_tables([decorrelation_table(fitted.summaries)], run.console)
 
-    run.do("decorrelation", settings=settings, inputs=inputs, work=work)
+    whole = [settings, dict(source_weights)]
+    run.do("decorrelation", settings=whole, inputs=inputs, work=work)
 
 
 def run_gating(
@@ -407,8 +431,6 @@ def row_weights(
             f"`source_weights` names {', '.join(unknown)}; the sources are "
             f"{', '.join(data.sources)}"
         )
-    if any(not 0.0 <= weight < float("inf") for weight in source_weights.values()):
-        raise ValueError("`source_weights` must be finite and not negative")
     of_source = torch.tensor(
         [source_weights.get(name, 1.0) for name in data.sources], dtype=torch.float64
     )
@@ -432,12 +454,17 @@ def train_gate(
         data, tables.pairs_weight[train], tables.pairs_source[train], source_weights or {}
     )
     train, weights = train[weights > 0.0], weights[weights > 0.0]
+    if not len(train):
+        raise ValueError(
+            "no training pair has a weight above zero; see `weight` of the preference rows and "
+            "`fit.source_weights`"
+        )
     chosen, rejected = tables.pairs_chosen[train], tables.pairs_rejected[train]
     features = transforms.features
     style = data.style(chosen, features) - data.style(rejected, features)
     nuisance = "nuisance" in transforms.methods
     if "reweight" in transforms.methods:
-        weights = weights * style_weights(style)
+        weights = weights * style_weights(style, weights)
     return fit(
         data.prompt_embeddings(chosen),
         out_of_fold_differences(data, heads, transforms, chosen=chosen, rejected=rejected),

@@ -316,7 +316,10 @@ def least_squares(
 
 
 def style_weights(
-    differences: Float[Tensor, "batch covariates"], *, most: float = 10.0
+    differences: Float[Tensor, "batch covariates"],
+    pair_weights: Float[Tensor, " batch"] | None = None,
+    *,
+    most: float = 10.0,
 ) -> Float[Tensor, " batch"]:
     """Weigh preference pairs such that style does not tell which response was chosen.
 
@@ -325,6 +328,7 @@ def style_weights(
 
     Args:
         differences: Covariates of the chosen minus those of the rejected responses.
+        pair_weights: What the pairs count already, to be multiplied by the result.
         most: Largest weight, as a multiple of that of a pair that style says nothing about.
 
     Returns:
@@ -333,19 +337,22 @@ def style_weights(
     References:
         Rosenbaum and Rubin, "The Central Role of the Propensity Score", Biometrika 70(1), 1983.
     """
-    probability = torch.sigmoid(style_logits(differences, differences))
+    probability = torch.sigmoid(style_logits(differences, differences, pair_weights))
     weights = (0.5 / probability).clamp(max=most)
     return weights / weights.mean()
 
 
 def style_logits(
-    train: Float[Tensor, "train covariates"], test: Float[Tensor, "test covariates"]
+    train: Float[Tensor, "train covariates"],
+    test: Float[Tensor, "test covariates"],
+    train_weights: Float[Tensor, " train"] | None = None,
 ) -> Float[Tensor, " test"]:
     """Log-odds of being chosen, of a logistic model that sees surface features alone.
 
     Args:
         train: Covariates of the chosen minus those of the rejected responses, to fit on.
         test: The same of the pairs to predict.
+        train_weights: Of the pairs to fit on; equal by default.
     """
     spread = train.square().mean(0).sqrt()
     if not bool((spread > 0).any()):
@@ -353,7 +360,8 @@ def style_logits(
     x = (train[:, spread > 0] / spread[spread > 0]).numpy()
     # Both orders of each pair: the model has no intercept, so order must not matter.
     model = LogisticRegression(fit_intercept=False, max_iter=1000)
-    model.fit([*x, *-x], [1] * len(x) + [0] * len(x))
+    once = torch.ones(len(x)) if train_weights is None else train_weights / train_weights.mean()
+    model.fit([*x, *-x], [1] * len(x) + [0] * len(x), sample_weight=once.repeat(2).numpy())
     scaled = (test[:, spread > 0] / spread[spread > 0]).numpy()
     return torch.from_numpy(scaled @ model.coef_[0])
 

@@ -68,6 +68,7 @@ class HeadSummary:
             effective degrees of freedom. With judgements as well: what is most likely. None with
             the link `logistic`.
         judgements: Training judgements it was fitted on.
+        targets: What its rewards are on the scale of; `ranks` only of heads fitted to ranks.
     """
 
     objective: str
@@ -77,6 +78,7 @@ class HeadSummary:
     explained: float
     sigma: float | None
     judgements: int = 0
+    targets: Targets = "ratings"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -328,6 +330,14 @@ def fit_heads(
     _check_settings(
         targets=targets, clip=clip, miscoverage=miscoverage, calibration_rows=calibration_rows
     )
+    if isinstance(logistic, str):
+        raise ValueError(
+            f"`logistic` must be a list of names, got {logistic!r}; write [{logistic}]."
+        )
+    if folds < 2 or not alphas:
+        raise ValueError(
+            f"`folds` must be 2 or more, `alphas` not empty; got {folds}, {[*alphas]}."
+        )
     if sample_weights is not None:
         check_weights(sample_weights, name="sample_weights")
         heavy = sample_weights > 0.0
@@ -377,7 +387,12 @@ def fit_heads(
         blocks.append(replace(block, quantiles=conformal_quantiles(scores, miscoverage)))
         del systems
         before = now
-    return _joined(blocks, single, tuple(objectives), fold_of_group, miscoverage=miscoverage)
+    fitted = _joined(blocks, single, tuple(objectives), fold_of_group, miscoverage=miscoverage)
+    summaries = [
+        replace(s, targets=targets) if link == "identity" else s
+        for s, link in zip(fitted.summaries, fitted.heads.links, strict=True)
+    ]
+    return replace(fitted, summaries=tuple(summaries))
 
 
 def _check_settings(

@@ -282,6 +282,11 @@ def fit_judged_head(
         ValueError: As `fit_judgements`.
     """
     pairs = len(judgements.rows)
+    if len(judgements.folds.unique()) < 2:
+        raise ValueError(
+            f"{pairs} judgements, all on prompts of one fold; nothing to choose the penalty on. "
+            f"Add data or take these judgements out."
+        )
     if not len(ratings.rows):
         (scaled,) = _scaled(judgements)
         choice = fit_judgements(scaled, folds=folds, alphas=alphas)

@@ -170,6 +170,7 @@ def _objective_tables(data: EmbeddedData, fitted: FittedHeads, *, seed: int) -> 
         ratings, known = tables.ratings[test][:, k], tables.ratings[train][:, k]
         rated, trained = ~ratings.isnan(), ~known.isnan()
         count, penalty = int(rated.sum()), fitted.summaries[k].alpha
+        ranked = fitted.summaries[k].targets == "ranks"
         if count < 2 or not bool(trained.any()):
             ranking.append((objective.name, count, penalty, *([None] * 6)))
             errors.append((objective.name, *([None] * 7)))
@@ -203,6 +204,10 @@ def _objective_tables(data: EmbeddedData, fitted: FittedHeads, *, seed: int) -> 
         bounded = uncertainty is not None and bool(uncertainty.quantiles[k].isfinite())
         inside = (low[rated, k] <= truth) & (truth <= high[rated, k])
         width = abs(objective.scale[1]) * (high - low)[rated, k]
+        if ranked:  # a rank is on no source's scale
+            ranking[-1] = (*ranking[-1][:-1], None)
+            errors.append((objective.name, *([None] * 7)))
+            continue
         errors.append(
             (
                 objective.name,
@@ -517,7 +522,7 @@ def _counterfactual_table(
         here = torch.ones(len(kinds), dtype=torch.bool) if number is None else kinds == number
         rows.append(
             (
-                "all" if number is None else data.categories[number],
+                "all" if number is None else data.categories[number] or "(none)",
                 int(here.sum()),
                 float(old[here].abs().mean()),
                 float(new[here].abs().mean()),

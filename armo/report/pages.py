@@ -174,7 +174,9 @@ def _plot_counterfactuals(table: Table) -> Figure:
 def _svg(plot: Callable[[Table], Figure], table: Table) -> str:
     buffer = io.StringIO()
     # A fixed salt and no date: the same results give the same bytes. Names are no formulas.
-    with matplotlib.rc_context({"svg.hashsalt": "armo", "text.parse_math": False}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "armo", "svg.fonttype": "none", "text.parse_math": False}
+    ):
         plot(table).savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -410,7 +410,7 @@ def test_an_objective_that_is_always_yes_is_named(problem):
 def test_judgements_on_prompts_of_one_fold_only_name_the_objective(problem):
     problem.judgements.probabilities[problem.pair_groups != problem.pair_groups[0], 2] = torch.nan
     problem.judgements.probabilities[0, 2] = 0.9
-    with pytest.raises(ValueError, match="judged: `rows` needs weight in at least two parts"):
+    with pytest.raises(ValueError, match="judged: 1 judgements, all on prompts of one fold"):
         problem.fit()
 
 
