@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ from armo.stages import train_gate
 
 WITH_LAYOUT = (*STYLE_FEATURES, "paragraphs", "lines")
 
+# Functions of the features, for what is not linear in them: the score may follow the logarithm of a
+# count, or length and lists together.
+SMOOTH = tuple(f"{how} of {name}" for how in ("log", "root") for name in STYLE_FEATURES[1:])
+PRODUCTS = tuple(
+    f"{first} x {second}"
+    for k, first in enumerate(("log_length", "list_items", "bold", "headings"))
+    for second in ("log_length", "list_items", "bold", "headings")[k:]
+)
+
 # Label, methods, features: with `none`, what the others are compared with, first.
 VARIANTS: list[tuple[str, Sequence[Any], Sequence[str]]] = [
     ("none", (), STYLE_FEATURES),
@@ -54,6 +64,9 @@ VARIANTS: list[tuple[str, Sequence[Any], Sequence[str]]] = [
     ("residual, reweight", ("residual", "reweight"), STYLE_FEATURES),
     ("the same, and layout", ("residual", "reweight"), WITH_LAYOUT),
     ("the same, all features", ("residual", "reweight"), SURFACE_FEATURES),
+    ("the same, smooth", ("residual", "reweight"), (*STYLE_FEATURES, *SMOOTH)),
+    ("the same, quadratic", ("residual", "reweight"), (*STYLE_FEATURES, *PRODUCTS)),
+    ("leace, quadratic", ("leace",), (*STYLE_FEATURES, *PRODUCTS)),
     ("leace, reweight", ("leace", "reweight"), STYLE_FEATURES),
     ("penalty, residual, reweight", ("penalty", "residual", "reweight"), STYLE_FEATURES),
 ]
@@ -74,7 +87,7 @@ class Trial:
     """A run's data and heads, on which methods are tried."""
 
     def __init__(self, folder: Path, *, max_epochs: int) -> None:
-        self.data = EmbeddedData.load(folder / "embeddings")
+        self.data = _with_functions(EmbeddedData.load(folder / "embeddings"))
         self.heads = FittedHeads.load(folder / "heads")
         self.trainer = partial(L.Trainer, accelerator="cpu", max_epochs=max_epochs)
 
@@ -107,6 +120,19 @@ class Trial:
             )
         constant = [summary.constant_weights[name] for name in self.data.objectives.names]
         return Mix(transforms.transform, gate, summary.beta), torch.tensor(constant).double()
+
+
+def _with_functions(data: EmbeddedData) -> EmbeddedData:
+    """Add functions of the features as features of their own."""
+    measured = dict(zip(data.covariates, data.tables.covariates.T, strict=True))
+    for name in SMOOTH:
+        how, _, of = name.partition(" of ")
+        measured[name] = measured[of].log1p() if how == "log" else measured[of].sqrt()
+    for name in PRODUCTS:
+        first, _, second = name.partition(" x ")
+        measured[name] = measured[first] * measured[second]
+    tables = replace(data.tables, covariates=torch.stack(list(measured.values()), dim=1))
+    return replace(data, covariates=tuple(measured), tables=tables)
 
 
 def figures_of(evaluation: Evaluation) -> dict[str, float]:
@@ -152,6 +178,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--only", help="methods whose name has this in it, beside none")
     parser.add_argument("--seeds", type=int, default=3, help="gates per method")
     parser.add_argument("--max-epochs", type=int, default=100, help="of a gate")
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -166,7 +193,8 @@ def main() -> None:
     plain: dict[int, Mix] = {}
     rows: dict[str, dict[str, float]] = {}
     spreads: dict[str, dict[str, float]] = {}
-    for label, methods, features in track(VARIANTS, description="methods"):
+    variants = [v for v in VARIANTS if (arguments.only or "") in v[0] or v[0] == "none"]
+    for label, methods, features in track(variants, description="methods"):
         transforms = trial.transforms(methods, features)
         drawn = []
         for seed in seeds:

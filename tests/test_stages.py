@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -948,3 +949,18 @@ def test_ranks_are_not_compared_with_ratings_on_their_scale(arguments, folder):
 )
 def test_settings_that_cannot_be_are_one_line(arguments, folder, setting, message):
     assert message in error_of(*arguments, f"output_dir={folder}", setting)
+
+
+def test_the_benchmark_of_methods_runs_on_a_finished_run(trained, tmp_path):
+    program = Path(__file__).parents[1] / "benchmarks" / "decorrelation.py"
+    command = [sys.executable, program, "--run", trained[0], "--only", "length alone"]
+    command += ["--seeds", "1", "--max-epochs", "2"]
+    command += ["--json", tmp_path / "methods.json", "--plot", tmp_path / "methods.svg"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "leace, length alone" in done.stdout
+    means = read_json(tmp_path / "methods.json")["mean"]
+    assert list(means) == ["none", "leace, length alone"]
+    assert means["leace, length alone"]["length, within"] < means["none"]["length, within"]
+    assert all(0.0 <= figures["accuracy"] <= 1.0 for figures in means.values())
+    assert "<svg" in (tmp_path / "methods.svg").read_text()
