@@ -79,6 +79,7 @@ def to_html(evaluation: Evaluation, *, title: str) -> str:
     plots = {
         "rivals": _plot_rivals,
         "kinds": _plot_kinds,
+        "quarters": _plot_quarters,
         "style": _plot_style,
         "counterfactuals": _plot_counterfactuals,
     }
@@ -89,7 +90,7 @@ def to_html(evaluation: Evaluation, *, title: str) -> str:
             "<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>"
             for row in table.rows
         )
-        plot = _svg(plots[table.name], table) if table.name in plots else ""
+        plot = _svg(plots[table.name], table) if table.name in plots and table.rows else ""
         body.append(
             f"<section><h2>{html.escape(table.title)}</h2>{plot}"
             f"<p>{html.escape(table.note)}</p><details{'' if plot else ' open'}>"
@@ -135,6 +136,28 @@ def _plot_kinds(table: Table) -> Figure:
     axes.set_xlim(0.0, 1.0)
     axes.set_xlabel("mean gating weight")
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def _plot_quarters(table: Table) -> Figure:
+    rows = [row for row in table.rows if row[1] is not None]  # the others are no accuracies
+    figure = Figure(figsize=(8, 0.45 * len(rows) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    positions = range(len(rows))
+    for first, offset, colour, label in ((2, -0.2, BEFORE, "before"), (5, 0.2, AFTER, "after")):
+        means = [row[first] for row in rows]
+        errors = [
+            [row[first] - row[first + 1] for row in rows],
+            [row[first + 2] - row[first] for row in rows],
+        ]
+        places = [p + offset for p in positions]
+        axes.barh(places, means, 0.38, xerr=errors, color=colour, label=label, capsize=2)
+    axes.set_yticks(list(positions), [f"chosen is {row[0]}" for row in rows])
+    axes.invert_yaxis()
+    axes.axvline(0.5, color="#555", linestyle=":", linewidth=1)
+    axes.set_xlim(0.0, 1.0)
+    axes.set_xlabel("accuracy on test pairs")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 

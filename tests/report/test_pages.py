@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from armo.report.evaluate import Evaluation, Table
-from armo.report.pages import cell, print_tables, save_pages, to_html, to_markdown
+from armo.report.pages import _plot_quarters, cell, print_tables, save_pages, to_html, to_markdown
 
 RIVALS = Table(
     "rivals",
@@ -152,3 +152,24 @@ def test_brackets_in_names_are_printed_as_they_are():
     console = Console(record=True, width=80, file=io.StringIO())
     print_tables([Table("t", "Title", ("name", "x"), (("[red]a[/b]", 1.0),))], console)
     assert "[red]a[/b]" in console.export_text()
+
+
+def test_the_quarters_are_drawn_with_their_intervals_and_without_the_differences():
+    columns = ("chosen", "pairs", "before", "from", "to", "after", "after, from", "after, to")
+    rows = (
+        ("longer", 9, 0.8, 0.7, 0.9, 0.6, 0.5, 0.7),
+        ("shorter", 7, 0.4, 0.3, 0.5, 0.6, 0.5, 0.7),
+        ("longer less shorter", None, 0.4, 0.2, 0.6, 0.0, -0.1, 0.1),
+    )
+    table = Table("quarters", "Quarters", columns, rows)
+    [axes] = _plot_quarters(table).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "chosen is longer",
+        "chosen is shorter",
+    ]
+    bars = [bar.get_width() for container in axes.containers[1::2] for bar in container]
+    assert bars == [0.8, 0.4, 0.6, 0.6]
+    assert "<svg" in to_html(Evaluation((table,)), title="x")
+    # Where no pair differs in style there is nothing to draw.
+    empty = Table("quarters", "Quarters", columns, ())
+    assert "<svg" not in to_html(Evaluation((empty,)), title="x")
