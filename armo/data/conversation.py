@@ -80,12 +80,13 @@ class PreferencePair:
         prompt: All turns up to the answer.
         chosen: The preferred response.
         rejected: The other one.
-        margin: By how much, where that is known.
+        margin: By how much, from 0 on, where that is known.
         category: Kind of prompt, for reports.
         split: `train`, `test`, or None where the prompt decides.
         judgements: By objective, the probability in [0, 1] that `chosen` is better than `rejected`
             on it; 0.5 is a tie. A missing one is left out.
         weight: How much the row counts beside the others, from 0 on.
+        preference: The probability in [0.5, 1] that `chosen` is the better one; 0.5 is a tie.
     """
 
     id: str
@@ -98,12 +99,23 @@ class PreferencePair:
     split: str | None = None
     judgements: dict[str, float] = field(default_factory=dict)
     weight: float = 1.0
+    preference: float = 1.0
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
         _check_response(self.chosen, "chosen")
         _check_response(self.rejected, "rejected")
         _check_weight(self.weight)
+        if self.margin is not None and not 0.0 <= self.margin < math.inf:
+            raise ValueError(
+                f"`margin` must be a finite number from 0 on, got {self.margin}; where `rejected` "
+                f"is the better one, swap `chosen` and `rejected`"
+            )
+        if not 0.5 <= self.preference <= 1.0:
+            raise ValueError(
+                f"`preference` is {self.preference}; it is the probability in [0.5, 1] that "
+                f"`chosen` is the better one, so below 0.5 swap `chosen` and `rejected`"
+            )
         for name, judgement in self.judgements.items():
             if not 0.0 <= judgement <= 1.0:
                 raise ValueError(
@@ -121,24 +133,57 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class ResponseList:
-    """Several responses to one prompt; those at the indices `correct` are right."""
+    """Several responses to one prompt, ranked, or some of them right and the others not.
+
+    Attributes:
+        id: Unique among the rows of its kind.
+        source: The data set that it comes from.
+        prompt: All turns up to the answer.
+        responses: The responses, in any order.
+        correct: Indices of the right ones, instead of `ranks`.
+        category: Kind of prompt, for reports.
+        split: `train`, `test`, or None where the prompt decides.
+        ranks: A number per response, the lower the better; equal ones tie.
+        weight: How much the row counts beside the others, from 0 on.
+    """
 
     id: str
     source: str
     prompt: Prompt
     responses: tuple[str, ...]
-    correct: tuple[int, ...] = field(default=())
+    correct: tuple[int, ...] | None = None
     category: str = ""
     split: str | None = None
+    ranks: tuple[float, ...] | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
         for k, response in enumerate(self.responses):
             _check_response(response, f"responses[{k}]")
+        _check_weight(self.weight)
         if not self.responses:
             raise ValueError("`responses` is empty")
-        if any(not 0 <= k < len(self.responses) for k in self.correct):
-            raise ValueError(f"`correct` {list(self.correct)} is outside the list of responses")
+        if self.correct is not None and self.ranks is not None:
+            raise ValueError("`correct` and `ranks` are both given; keep one of them")
+        if any(not 0 <= k < len(self.responses) for k in self.correct or ()):
+            raise ValueError(
+                f"`correct` {list(self.correct or ())} is outside the list of responses"
+            )
+        if self.ranks is not None and len(self.ranks) != len(self.responses):
+            raise ValueError(
+                f"`ranks` has {len(self.ranks)} numbers for {len(self.responses)} responses; "
+                f"give one for each"
+            )
+        if not all(math.isfinite(rank) for rank in self.ranks or ()):
+            raise ValueError(f"`ranks` must be finite numbers, got {list(self.ranks or ())}")
+
+    @property
+    def ranking(self) -> tuple[float, ...]:
+        """Rank of each response, lower is better; right ones tie at 0, the others at 1."""
+        if self.ranks is not None:
+            return self.ranks
+        return tuple(float(k not in (self.correct or ())) for k in range(len(self.responses)))
 
 
 Row = RatedResponse | PreferencePair | ResponseList

@@ -114,6 +114,26 @@ class ObjectiveSet:
         """Columns of the objectives that the score is made of."""
         return tuple(k for k, objective in enumerate(self.objectives) if not objective.bias)
 
+    def mix(self, weights: Mapping[str, float]) -> list[float]:
+        """Return a caller's weights as a mix: one per objective, adding up to one.
+
+        Args:
+            weights: By name; objectives that are not named get none.
+
+        Raises:
+            ValueError: If a name is unknown, a weight negative or not finite, or all are zero.
+        """
+        fixed = [0.0] * len(self.names)
+        for name, weight in weights.items():
+            fixed[self.index(name)] = weight
+        total = sum(fixed)
+        if min(fixed) < 0.0 or not 0.0 < total < math.inf:
+            raise ValueError(
+                f"`weights` must not be negative, must be finite and not all zero, got "
+                f"{dict(weights)}."
+            )
+        return [weight / total for weight in fixed]
+
     def index(self, name: str) -> int:
         """Return the column of an objective.
 

@@ -23,6 +23,12 @@ from armo.data.conversation import (
 from armo.data.objectives import ObjectiveSet
 
 BUILTIN = "builtin"
+BUILTIN_FILES = {
+    "ratings": "ratings.jsonl.gz",
+    "pairs": "preferences.jsonl.gz",
+    "lists": "counterfactuals.jsonl.gz",
+    "benchmark": "counterfactuals.jsonl.gz",
+}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 RowT = TypeVar("RowT", RatedResponse, PreferencePair, ResponseList)
@@ -73,7 +79,7 @@ def stream_ratings(path: Paths, *, objectives: ObjectiveSet) -> Iterator[RatedRe
             weight=_weight(row),
         )
 
-    return _rows(path, parse, builtin_file="ratings.jsonl.gz")
+    return _rows(path, parse, builtin_file=BUILTIN_FILES["ratings"])
 
 
 def load_pairs(path: Paths, *, objectives: ObjectiveSet | None = None) -> list[PreferencePair]:
@@ -82,25 +88,39 @@ def load_pairs(path: Paths, *, objectives: ObjectiveSet | None = None) -> list[P
 
 
 def stream_pairs(
-    path: Paths, *, objectives: ObjectiveSet | None = None
+    path: Paths,
+    *,
+    objectives: ObjectiveSet | None = None,
+    judges: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[PreferencePair]:
     """Read preference pairs: `{"id", "source", "prompt", "chosen", "rejected", "margin"}`.
 
     A row may have `judgements`, by objective the probability that `chosen` is better on it (null
-    means missing), and a `weight`, 1 by default. Rows are read as they are asked for.
+    means missing), a `preference`, the probability that it is better on the whole, and a `weight`,
+    both 1 by default. Rows are read as they are asked for.
 
     Args:
         path: A file, a folder (all its files in name order), a list of them, or `builtin`.
         objectives: The declared objectives; a row may judge any of them. Without, any objective.
+        judges: By objective, the sources or categories whose pairs judge it: the preference of
+            such a row is its judgement too, unless the row gives one. `safety` names the
+            categories `safety` and `safety/...`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
+        ValueError: If `judges` names an objective that is not declared.
     """
+    judges = {} if judges is None else judges
+    if not isinstance(judges, Mapping) or any(isinstance(v, str) for v in judges.values()):
+        raise ValueError(
+            f"`judges` must be lists of sources or categories by objective, "
+            f"{{OBJECTIVE: [SOURCE, ...]}}, got {judges!r}"
+        )
+    for name in judges:
+        if objectives is not None:
+            _check_declared(name, objectives)
 
     def parse(row: dict[str, Any]) -> PreferencePair:
-        margin = None if row.get("margin") is None else _number(row["margin"], "`margin`")
-        if margin is not None and not math.isfinite(margin):
-            raise ValueError(f"`margin` is not a number: {margin!r}")
         judgements: dict[str, float] = {}
         given = row.get("judgements")
         if given is not None and not isinstance(given, dict):
@@ -111,17 +131,27 @@ def stream_pairs(
             if objectives is not None:
                 _check_declared(name, objectives)
             judgements[name] = _number(judgement, f"judgement of {name!r}")
+        common, preference = _common(row), 1.0
+        if row.get("preference") is not None:
+            preference = _number(row["preference"], "`preference`")
+        # `a/b/c` is of the kinds `a`, `a/b` and `a/b/c`.
+        parts = common["category"].split("/")
+        kinds = {common["source"], *("/".join(parts[:k]) for k in range(1, len(parts) + 1))}
+        for name, those in judges.items():
+            if not kinds.isdisjoint(those):
+                judgements.setdefault(name, preference)
         return PreferencePair(
-            **_common(row),
+            **common,
             prompt=_messages(row, "prompt"),
             chosen=_field(row, "chosen", str),
             rejected=_field(row, "rejected", str),
-            margin=margin,
+            margin=None if row.get("margin") is None else _number(row["margin"], "`margin`"),
             judgements=judgements,
             weight=_weight(row),
+            preference=preference,
         )
 
-    return _rows(path, parse, builtin_file="preferences.jsonl.gz")
+    return _rows(path, parse, builtin_file=BUILTIN_FILES["pairs"])
 
 
 def load_lists(path: Paths) -> list[ResponseList]:
@@ -132,6 +162,10 @@ def load_lists(path: Paths) -> list[ResponseList]:
 def stream_lists(path: Paths) -> Iterator[ResponseList]:
     """Read response lists: `{"id", "source", "prompt", "responses", "correct", "category"}`.
 
+    A row has either `correct`, the indices of the right responses, or `ranks`, a number per
+    response, the lower the better; and may have a `weight`, 1 by default. Rows are read as they
+    are asked for.
+
     Args:
         path: A file, a folder (all its files in name order), a list of them, or `builtin`,
             the counterfactual pairs.
@@ -139,22 +173,34 @@ def stream_lists(path: Paths) -> Iterator[ResponseList]:
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
     """
+    return _rows(path, _response_list, builtin_file=BUILTIN_FILES["benchmark"])
 
-    def parse(row: dict[str, Any]) -> ResponseList:
-        responses = _field(row, "responses", list)
-        if not all(isinstance(response, str) for response in responses):
-            raise ValueError("`responses` must be a list of strings")
-        correct = _field(row, "correct", list)
-        if not all(type(index) is int for index in correct):
-            raise ValueError("`correct` must be a list of whole numbers")
-        return ResponseList(
-            **_common(row),
-            prompt=_messages(row, "prompt"),
-            responses=tuple(responses),
-            correct=tuple(correct),
-        )
 
-    return _rows(path, parse, builtin_file="counterfactuals.jsonl.gz")
+def stream_ranked_lists(path: Paths) -> Iterator[ResponseList]:
+    """Read response lists to train on: as `stream_lists`, of two or more distinct responses.
+
+    Args:
+        path: A file, a folder (all its files in name order), a list of them, or `builtin`,
+            the counterfactual pairs, which tie.
+
+    Raises:
+        DataError: Naming file, row and field, at the first row that cannot be used.
+    """
+
+    def parse(raw: dict[str, Any]) -> ResponseList:
+        row = _response_list(raw)
+        if len(row.responses) < 2:
+            raise ValueError("`responses` has one response alone; a list to train on needs two")
+        places: dict[str, int] = {}
+        for k, response in enumerate(row.responses):
+            first = places.setdefault(response.strip(), k)
+            if first != k:
+                raise ValueError(
+                    f"`responses[{first}]` and `responses[{k}]` are the same text; drop one of them"
+                )
+        return row
+
+    return _rows(path, parse, builtin_file=BUILTIN_FILES["lists"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +225,7 @@ def load_scorable(path: Paths) -> list[ScorableRow]:
         DataError: Naming file, row and field, at the first row that cannot be scored.
     """
     rows: list[ScorableRow] = []
-    for file in data_files(path, builtin_file="ratings.jsonl.gz"):
+    for file in data_files(path, builtin_file=BUILTIN_FILES["ratings"]):
         for place, raw in read_rows(file):
             try:
                 rows.append(_scorable(raw, number=len(rows)))
@@ -276,6 +322,30 @@ def _rows(
             yield row
     if not places:
         raise DataError(f"{path}: no rows")
+
+
+def _response_list(row: dict[str, Any]) -> ResponseList:
+    responses = _field(row, "responses", list)
+    if not all(isinstance(response, str) for response in responses):
+        raise ValueError("`responses` must be a list of strings")
+    correct = ranks = None
+    if row.get("ranks") is not None:
+        given = _field(row, "ranks", list)
+        ranks = tuple(_number(rank, f"`ranks[{k}]`") for k, rank in enumerate(given))
+    elif row.get("correct") is None:
+        raise ValueError("field `correct` is missing; give it, or `ranks`")
+    if row.get("correct") is not None:
+        correct = tuple(_field(row, "correct", list))
+        if not all(type(index) is int for index in correct):
+            raise ValueError("`correct` must be a list of whole numbers")
+    return ResponseList(
+        **_common(row),
+        prompt=_messages(row, "prompt"),
+        responses=tuple(responses),
+        correct=correct,
+        ranks=ranks,
+        weight=_weight(row),
+    )
 
 
 def _scorable(row: dict[str, Any], *, number: int) -> ScorableRow:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -203,7 +203,12 @@ def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def load_backbone(
-    spec: BackboneSpec, *, device: str = "auto", batch_tokens: int | Literal["auto"] = "auto"
+    spec: BackboneSpec,
+    *,
+    device: str = "auto",
+    batch_tokens: int | Literal["auto"] = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
 ) -> Backbone:
     """Load the frozen language model that a spec describes, and check that it is that one.
 
@@ -211,6 +216,8 @@ def load_backbone(
         spec: Which model, and how to embed with it.
         device: `auto` is the first GPU if there is one, otherwise the CPU.
         batch_tokens: Padded tokens per batch; halved where memory runs out.
+        device_map: Where its parts go, as Transformers spells it, instead of `device`.
+        attn_implementation: As Transformers spells it; its choice if None.
 
     Raises:
         BackboneError: If the model is not found, or its weights or tokenizer have another digest.
@@ -238,7 +245,11 @@ def load_backbone(
         config_digest=config_digest,
         dtype=dtype,
     )
-    model = AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)).to(place)
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    if device_map is None:
+        model = AutoModel.from_pretrained(folder, **options).to(place)
+    else:
+        model = AutoModel.from_pretrained(folder, device_map=device_map, **options)
     return Backbone(spec, model=model, tokenizer=tokenizer, batch_tokens=batch_tokens)
 
 

@@ -85,7 +85,7 @@ class GroupTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opening:
+class Opening:
     """What the template makes of a prompt.
 
     Attributes:
@@ -136,6 +136,13 @@ class ConversationTokenizer:
         self._position = position
         self._takes_system = self._shows_system()
 
+    @property
+    def template(self) -> str:
+        """The chat template with its dates pinned, for others to render the same text with."""
+        if "date_string" not in self._template:
+            return self._template
+        return f"{{% set date_string = '{PINNED_DATE:%d %b %Y}' %}}{self._template}"
+
     def tokenise(self, groups: Sequence[PromptGroup]) -> list[GroupTokens]:
         """Tokenise prompts and the conversations that they begin, all in one batch.
 
@@ -146,31 +153,43 @@ class ConversationTokenizer:
             BoundaryError: If the template refuses a prompt or a response, leaves one out, or does
                 not begin the conversation with the prompt. It carries their numbers.
         """
-        openings: dict[Prompt, _Opening] = {}
+        openings: dict[Prompt, Opening] = {}
         conversations: list[str] = []
         for number, group in enumerate(groups):
             if group.prompt not in openings:
                 with _numbered(number):
-                    openings[group.prompt] = self._open(group.prompt)
+                    openings[group.prompt] = self.open(group.prompt)
             for k, response in enumerate(group.responses):
                 with _numbered(number, k):
-                    conversations.append(self._continue(openings[group.prompt], response))
+                    conversations.append(self.join(openings[group.prompt], response))
         heads = [opening.text for opening in openings.values()]
-        encodings = iter(self._encode([*heads, *conversations]))
+        encodings = iter(self.encode([*heads, *conversations]))
         texts = iter(conversations)
         prompts = {
-            prompt: _cut(next(encodings), len(opening.head)) for prompt, opening in openings.items()
+            prompt: cut(next(encodings), len(opening.head)) for prompt, opening in openings.items()
         }
         tokens = []
         for group in groups:
             opening, prompt = openings[group.prompt], prompts[group.prompt]
             responses = [
-                _split(next(encodings), next(texts), opening, prompt) for _ in group.responses
+                split(
+                    next(encodings),
+                    next(texts),
+                    prompt,
+                    head=len(opening.head),
+                    closing=opening.closing,
+                )
+                for _ in group.responses
             ]
             tokens.append(GroupTokens(list(prompt), responses))
         return tokens
 
-    def _open(self, prompt: Prompt) -> _Opening:
+    def open(self, prompt: Prompt) -> Opening:
+        """Render a prompt, and see what the template writes around a response to it.
+
+        Raises:
+            BoundaryError: If the template refuses the prompt or leaves out a response.
+        """
         turns = list(prompt) if self._takes_system else _fold_system(prompt)
         # White space after the end of a turn belongs to the next one.
         closed = self._render(turns).rstrip()
@@ -183,7 +202,7 @@ class ConversationTokenizer:
             closed = closed.removesuffix(self._tokenizer.eos_token or "").rstrip()
         _check_prefix(closed, start)
         if self._position == "turn_end":
-            return _Opening(turns, closed, closed, closing)
+            return Opening(turns, closed, closed, closing)
         opened = self._render(turns, generation_prompt=True)
         # Templates differ in what they write before an answer with and without thinking.
         thinking = self._render([*turns, _answer(f"<think>\n{PROBE}\n</think>\n\n{PROBE}")])
@@ -191,9 +210,14 @@ class ConversationTokenizer:
         _check_prefix(closed, thinking)
         rest = [text[len(closed) :] for text in (opened, start, thinking)]
         shared = len(closed) + min(_shared(rest[0], rest[1]), _shared(rest[0], rest[2]))
-        return _Opening(turns, opened, opened[:shared], closing)
+        return Opening(turns, opened, opened[:shared], closing)
 
-    def _continue(self, opening: _Opening, response: str) -> str:
+    def join(self, opening: Opening, response: str) -> str:
+        """Render the conversation of a prompt and a response.
+
+        Raises:
+            BoundaryError: If the template refuses it or does not begin it with the prompt.
+        """
         conversation = self._render([*opening.turns, _answer(response)])
         _check_prefix(opening.head, conversation)
         return conversation
@@ -235,7 +259,8 @@ class ConversationTokenizer:
         if self._render([*marked, _answer("Hello.")]).count(PROBE) < count:
             raise BoundaryError("the chat template leaves out a system or tool turn")
 
-    def _encode(self, texts: list[str]) -> list[Encoding]:
+    def encode(self, texts: list[str]) -> list[Encoding]:
+        """Tokenise rendered texts; no special tokens are added."""
         if not texts:
             return []
         # Not verbose: what is too long for the model is cut by the caller.
@@ -284,14 +309,17 @@ def _shared(first: Sequence[object], second: Sequence[object]) -> int:
     return next((k for k, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def _cut(encoding: Encoding, end: int) -> list[int]:
+def cut(encoding: Encoding, end: int) -> list[int]:
     """Keep the tokens that end at a character or before."""
     return encoding.ids[: len(encoding) - _trailing(encoding, lambda _, stop: stop > end)]
 
 
-def _split(encoding: Encoding, text: str, opening: _Opening, prompt: list[int]) -> ResponseTokens:
-    closed = text.endswith(opening.closing, len(opening.head))
-    start = len(text) - len(opening.closing) if closed else len(text)
+def split(
+    encoding: Encoding, text: str, prompt: list[int], *, head: int, closing: str
+) -> ResponseTokens:
+    """Tell a conversation's tokens apart, given the length of its head and its closing words."""
+    closed = text.endswith(closing, head)
+    start = len(text) - len(closing) if closed else len(text)
     ids = encoding.ids
     # Equal ids, not equal text: a token across the boundary may change the ones before it.
     shared = len(prompt) if ids[: len(prompt)] == prompt else _shared(ids, prompt)

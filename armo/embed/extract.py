@@ -31,7 +31,14 @@ from rich.progress import (
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from armo.artifacts import exclusive, read_json, read_tensors, write_json, write_tensors
+from armo.artifacts import (
+    ArtifactError,
+    exclusive,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from armo.data.checks import check_objectives
 from armo.data.conversation import PreferencePair, RatedResponse, ResponseList
 from armo.data.objectives import ObjectiveSet
@@ -47,6 +54,8 @@ logger = logging.getLogger(__name__)
 ROWS = "rows.safetensors"
 NAMES = "rows.json"
 TEXTS = "texts"
+# Of the row tables. Raise it when a column comes, goes or means something else.
+ROWS_FORMAT = 2
 LOG_EVERY_S = 60.0
 LOOK_EVERY_S = 1.0
 RETURN_EVERY_S = 2.0
@@ -82,9 +91,17 @@ class RowTables:
             missing.
         pairs_weight: How much the pair counts.
         pairs_source: Index into the source names.
+        pairs_preference: Probability in [0.5, 1] that the chosen response is the better one; 0.5
+            is a tie.
+        pairs_margin: By how much; NaN where missing.
         lists_response: Responses of all lists, one list after the other.
         lists_of: The list that each of `lists_response` belongs to.
+        lists_rank: Rank of each of `lists_response` in its list, lower is better; equal ones tie.
         lists_category: Index into the category names, per list.
+        lists_weight: How much the list counts.
+        lists_source: Index into the source names, per list.
+        lists_benchmark: Whether the list is of the benchmark, for the report alone.
+        lists_train: Whether the list is on the training side; none of the benchmark is.
         lists_test: Whether the list is on the test side.
     """
 
@@ -105,9 +122,16 @@ class RowTables:
     pairs_judgements: Float[Tensor, "pairs objectives"]
     pairs_weight: Float[Tensor, " pairs"]
     pairs_source: Int[Tensor, " pairs"]
+    pairs_preference: Float[Tensor, " pairs"]
+    pairs_margin: Float[Tensor, " pairs"]
     lists_response: Int[Tensor, " list_responses"]
     lists_of: Int[Tensor, " list_responses"]
+    lists_rank: Float[Tensor, " list_responses"]
     lists_category: Int[Tensor, " lists"]
+    lists_weight: Float[Tensor, " lists"]
+    lists_source: Int[Tensor, " lists"]
+    lists_benchmark: Bool[Tensor, " lists"]
+    lists_train: Bool[Tensor, " lists"]
     lists_test: Bool[Tensor, " lists"]
 
     @property
@@ -145,9 +169,15 @@ class EmbeddedData:
         """Load what `embed_rows` wrote.
 
         Raises:
-            ArtifactError: If a file is missing or damaged.
+            ArtifactError: If a file is missing, damaged, or of another version.
         """
         names = read_json(folder / NAMES)
+        if names.get("format") != ROWS_FORMAT:
+            raise ArtifactError(
+                f"{folder / NAMES}: row tables of another version of armo, not of format "
+                f"{ROWS_FORMAT}. Make them again with `armo train stages=[embed]`; what is "
+                f"embedded stays."
+            )
         store = EmbeddingStore.open(folder)
         return cls(
             objectives=ObjectiveSet.from_dicts(names["objectives"]),
@@ -163,7 +193,15 @@ class EmbeddedData:
     def style(
         self, responses: Int[Tensor, " batch"], features: Sequence[str]
     ) -> Float[Tensor, "batch features"]:
-        """Return some surface features of the given responses, by name."""
+        """Return some surface features of the given responses, by name.
+
+        Raises:
+            ValueError: If a feature is not measured.
+        """
+        if unknown := [name for name in features if name not in self.covariates]:
+            raise ValueError(
+                f"`features` knows {', '.join(self.covariates)}, not {', '.join(unknown)}"
+            )
         columns = [self.covariates.index(name) for name in features]
         return self.tables.covariates[responses][:, columns]
 
@@ -238,7 +276,8 @@ def embed_rows(
     objectives: ObjectiveSet,
     ratings: Iterable[RatedResponse],
     pairs: Iterable[PreferencePair],
-    lists: Iterable[ResponseList],
+    lists: Iterable[ResponseList] = (),
+    benchmark: Iterable[ResponseList] = (),
     test_fraction: float,
     min_ratings: int,
     shard_rows: int,
@@ -257,7 +296,8 @@ def embed_rows(
         objectives: Columns of the rating table.
         ratings: Rated responses.
         pairs: Preference pairs.
-        lists: Response lists, for evaluation only; those on training prompts are not used.
+        lists: Response lists, to train on or, on test prompts, to test what was trained.
+        benchmark: Response lists for the report alone; those on training prompts are not used.
         test_fraction: Share of prompts on the test side, where rows do not say `split`.
         min_ratings: Training ratings and judgements that each objective needs; rows of weight zero
             do not count.
@@ -275,10 +315,11 @@ def embed_rows(
         indexer.add_ratings(ratings)
         indexer.add_pairs(pairs)
         indexer.add_lists(lists)
+        indexer.add_benchmark(benchmark)
         spool, index = indexer.finish()
         del indexer  # it has the number of every text, which nothing needs any more
         if index.unused_lists:
-            logger.info("%d response lists on training prompts are not used", index.unused_lists)
+            logger.info("%d benchmark lists on training prompts are not used", index.unused_lists)
         test_of_response = index.test_of_group[index.group_of_prompt[spool.prompt_of_response]]
         rated = ~test_of_response[index.ratings_response] & (index.ratings_weight > 0)
         paired = ~test_of_response[index.pairs_chosen] & (index.pairs_weight > 0)
@@ -299,6 +340,7 @@ def embed_rows(
         write_json(
             folder / NAMES,
             {
+                "format": ROWS_FORMAT,
                 "objectives": objectives.to_dicts(),
                 "covariates": list(SURFACE_FEATURES),
                 "categories": list(index.categories),
@@ -514,6 +556,8 @@ def _tables(
     pair_there = ~(missing[chosen] | missing[rejected])
     list_there = torch.ones(len(index.lists_category), dtype=torch.bool)
     list_there[index.lists_of[missing[index.lists_response]]] = False
+    list_test = torch.zeros_like(list_there)
+    list_test[index.lists_of] = test[index.lists_response]
     return RowTables(
         prompt_of_response=spool.prompt_of_response,
         group_of_prompt=index.group_of_prompt,
@@ -532,10 +576,17 @@ def _tables(
         pairs_judgements=index.pairs_judgements,
         pairs_weight=index.pairs_weight,
         pairs_source=index.pairs_source,
+        pairs_preference=index.pairs_preference,
+        pairs_margin=index.pairs_margin,
         lists_response=index.lists_response,
         lists_of=index.lists_of,
+        lists_rank=index.lists_rank,
         lists_category=index.lists_category,
-        lists_test=list_there,  # those on training prompts are gone already
+        lists_weight=index.lists_weight,
+        lists_source=index.lists_source,
+        lists_benchmark=index.lists_benchmark,
+        lists_train=~list_test & list_there,  # the benchmark's are gone already
+        lists_test=list_test & list_there,
     )
 
 
@@ -548,7 +599,7 @@ def _log_left_out(store: EmbeddingStore, tables: RowTables) -> None:
     for name, there in (
         ("rated rows", tables.ratings_train | tables.ratings_test),
         ("pairs", tables.pairs_train | tables.pairs_test),
-        ("lists", tables.lists_test),
+        ("lists", tables.lists_train | tables.lists_test),
     ):
         if gone := int((~there).sum()):
             logger.warning("so %d of %d %s are left out", gone, len(there), name)

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -100,6 +101,21 @@ class Runner:
             max_rows=max_rows,
         )
         return pooled.means(self.dim).to(self.model.dtype).cpu()
+
+    def run_at_once(self, plan: Plan) -> Float[Tensor, "targets dim"]:
+        """Run a plan without shared prompts in one batch, beside one of prompts alone.
+
+        For callers who make batches themselves. Gradients are kept where they are asked for; the
+        embeddings stay on the model's device, else they are those of `run`.
+        """
+        assert not plan.shared
+        pooled = Pooled(plan.targets, device=self.model.device)
+        alone = [s for s in plan.sequences if all(p.target < plan.prompts for p in s.spans)]
+        rest = [s for s in plan.sequences if any(p.target >= plan.prompts for p in s.spans)]
+        for batch in (alone, rest):
+            for part in self._run_sequences(batch) if batch else ():
+                pooled.add(part)
+        return pooled.means(self.dim).to(self.model.dtype)
 
     def _each_batch(
         self,
@@ -217,7 +233,8 @@ class Runner:
             yield SpanSums(states, [tails[k][1].spans for k in batch], int(after_mask.sum()))
 
     def _states(self, **inputs: Any) -> Float[Tensor, "batch tokens dim"]:
-        with self.products:
+        # The compiler makes products of its own, and does not get past the ones packed here.
+        with nullcontext() if torch.compiler.is_compiling() else self.products:
             if self.layers == (-1,):
                 # Asked for all hidden states, a model keeps them all: gigabytes for a large one.
                 last: Tensor = self.model(**inputs).last_hidden_state

@@ -49,9 +49,15 @@ class IndexedRows:
     pairs_judgements: Float[Tensor, "pairs objectives"]
     pairs_weight: Float[Tensor, " pairs"]
     pairs_source: Int[Tensor, " pairs"]
+    pairs_preference: Float[Tensor, " pairs"]
+    pairs_margin: Float[Tensor, " pairs"]
     lists_response: Int[Tensor, " list_responses"]
     lists_of: Int[Tensor, " list_responses"]
+    lists_rank: Float[Tensor, " list_responses"]
     lists_category: Int[Tensor, " lists"]
+    lists_weight: Float[Tensor, " lists"]
+    lists_source: Int[Tensor, " lists"]
+    lists_benchmark: Bool[Tensor, " lists"]
     categories: tuple[str, ...]
     sources: tuple[str, ...]
     unused_lists: int
@@ -157,7 +163,10 @@ class RowIndexer:
         self._sources: dict[str, int] = {}
         self._ratings = array("d")
         self._judgements = array("d")
-        self._weights = {kind: array("d") for kind in ("ratings", "pairs")}
+        self._preferences = array("d")
+        self._margins = array("d")
+        self._ranks = array("d")
+        self._weights = {kind: array("d") for kind in ("ratings", "pairs", "lists")}
         self._numbers = {
             name: array("q")
             for name in (
@@ -170,9 +179,11 @@ class RowIndexer:
                 "listed",
                 "of",
                 "list_category",
+                "list_source",
+                "list_group",
+                "list_benchmark",
             )
         }
-        self._list_groups = array("q")
 
     def add_ratings(self, rows: Iterable[RatedResponse]) -> None:
         """Add rated responses."""
@@ -195,19 +206,32 @@ class RowIndexer:
             self._numbers["paired"].append(self._category(row))
             self._numbers["paired_source"].append(self._source(row))
             self._weights["pairs"].append(row.weight)
+            self._preferences.append(row.preference)
+            self._margins.append(float("nan") if row.margin is None else row.margin)
             values = array("d", [float("nan")]) * len(self._columns)
             for name, judgement in row.judgements.items():
                 values[self._column(name, row)[0]] = judgement
             self._judgements.extend(values)
 
     def add_lists(self, rows: Iterable[ResponseList]) -> None:
-        """Add response lists; those on training prompts are dropped at the end."""
+        """Add response lists to train on, or to test what was trained."""
+        self._add_lists(rows, benchmark=False)
+
+    def add_benchmark(self, rows: Iterable[ResponseList]) -> None:
+        """Add response lists to test on; those on training prompts are dropped at the end."""
+        self._add_lists(rows, benchmark=True)
+
+    def _add_lists(self, rows: Iterable[ResponseList], *, benchmark: bool) -> None:
         for row in rows:
             numbers, group = self._add(row)
-            self._numbers["of"].extend([len(self._list_groups)] * len(numbers))
+            self._numbers["of"].extend([len(self._numbers["list_group"])] * len(numbers))
             self._numbers["listed"].extend(numbers)
+            self._ranks.extend(row.ranking)
             self._numbers["list_category"].append(self._category(row))
-            self._list_groups.append(group)
+            self._numbers["list_source"].append(self._source(row))
+            self._weights["lists"].append(row.weight)
+            self._numbers["list_benchmark"].append(benchmark)
+            self._numbers["list_group"].append(group)
 
     def finish(self) -> tuple[TextSpool, IndexedRows]:
         """Number the texts that are used, responses to one prompt side by side, and save them."""
@@ -215,8 +239,9 @@ class RowIndexer:
         self._responses.close()
         n = {name: _tensor(values) for name, values in self._numbers.items()}
         test_of_group = torch.tensor(self.splits.test(), dtype=torch.bool)
-        # Lists are for evaluation only; those on training prompts would be embedded in vain.
-        list_used = test_of_group[_tensor(self._list_groups)]
+        # Of a benchmark, lists on training prompts would be embedded in vain.
+        benchmark = n["list_benchmark"] == 1
+        list_used = test_of_group[n["list_group"]] | ~benchmark
         entry_used = list_used[n["of"]]
         prompt_of = _tensor(self._prompt_of_response)
         used = torch.zeros(len(prompt_of), dtype=torch.bool)
@@ -254,9 +279,15 @@ class RowIndexer:
             ),
             pairs_weight=_tensor(self._weights["pairs"]),
             pairs_source=new_source[n["paired_source"]],
+            pairs_preference=_tensor(self._preferences),
+            pairs_margin=_tensor(self._margins),
             lists_response=new_response[n["listed"][entry_used]],
             lists_of=_inverse(list_used.nonzero()[:, 0], len(list_used))[n["of"][entry_used]],
+            lists_rank=_tensor(self._ranks)[entry_used],
             lists_category=new_category[n["list_category"][list_used]],
+            lists_weight=_tensor(self._weights["lists"])[list_used],
+            lists_source=new_source[n["list_source"][list_used]],
+            lists_benchmark=benchmark[list_used],
             categories=categories,
             sources=sources,
             unused_lists=int((~list_used).sum()),
@@ -281,7 +312,7 @@ class RowIndexer:
     def _category(self, row: PreferencePair | ResponseList) -> int:
         return self._categories.setdefault(row.category, len(self._categories))
 
-    def _source(self, row: RatedResponse | PreferencePair) -> int:
+    def _source(self, row: Row) -> int:
         return self._sources.setdefault(row.source, len(self._sources))
 
     def _column(self, name: str, row: Row) -> tuple[int, Objective]:

@@ -7,7 +7,13 @@ from itertools import pairwise
 from transformers import PreTrainedTokenizerBase
 
 from armo.data.conversation import Prompt
-from armo.embed.boundary import BoundaryError, ConversationTokenizer, PromptGroup, ResponseTokens
+from armo.embed.boundary import (
+    BoundaryError,
+    ConversationTokenizer,
+    GroupTokens,
+    PromptGroup,
+    ResponseTokens,
+)
 from armo.embed.spec import BackboneError, BackboneSpec
 
 # A prompt is run apart from its responses where that leaves out this share of the tokens, to pay
@@ -120,21 +126,35 @@ class TextPlanner:
         Raises:
             BackboneError: Naming the group and the response that cannot be embedded.
         """
-        plan = Plan(prompts=len(groups), responses=sum(len(group.responses) for group in groups))
         if self.conversations is None:
-            self._plan_encoder(plan, groups)
-        else:
-            self._plan_conversations(plan, groups, causal=causal, share=share)
-        return plan
-
-    def _plan_conversations(
-        self, plan: Plan, groups: Sequence[PromptGroup], *, causal: bool, share: bool
-    ) -> None:
-        assert self.conversations is not None
+            ids = self._plain_ids(
+                [_plain_text(group.prompt) for group in groups]
+                + [response for group in groups for response in group.responses]
+            )
+            responses = iter(ids[len(groups) :])
+            return self.plan_texts(
+                ids[: len(groups)], [[next(responses) for _ in group.responses] for group in groups]
+            )
         try:
             tokens = self.conversations.tokenise(groups)
         except BoundaryError as error:
             raise _refusal(str(error), error.group, error.response) from None
+        return self.plan_conversations(tokens, causal=causal, share=share)
+
+    def plan_conversations(
+        self, tokens: Sequence[GroupTokens], *, causal: bool, share: bool
+    ) -> Plan:
+        """Plan the run of conversations that are tokens already.
+
+        Args:
+            tokens: Prompts and the conversations that they begin.
+            causal: As for `plan`.
+            share: As for `plan`.
+
+        Raises:
+            BackboneError: Naming the group and the response that cannot be embedded.
+        """
+        plan = Plan(prompts=len(tokens), responses=sum(len(group.responses) for group in tokens))
         target = plan.prompts
         for number, group in enumerate(tokens):
             targets = range(target, target + len(group.responses))
@@ -157,6 +177,7 @@ class TextPlanner:
                 except BackboneError as error:
                     raise _refusal(str(error), number, k) from None
             _add_group(plan, prompt, prompt_span, rows, causal=causal, share=share)
+        return plan
 
     def _conversation_row(self, plan: Plan, target: int, tokens: ResponseTokens) -> TokenSequence:
         head = self._fit_prompt(plan, target, tokens.ids[: tokens.prompt_end])
@@ -174,18 +195,26 @@ class TextPlanner:
         start = len(head) if self.spec.pooling == "mean" else len(ids) - 1
         return TokenSequence(ids, (Span(target, start, len(ids)),))
 
-    def _plan_encoder(self, plan: Plan, groups: Sequence[PromptGroup]) -> None:
-        ids = self._plain_ids(
-            [_plain_text(group.prompt) for group in groups]
-            + [response for group in groups for response in group.responses]
-        )
+    def plan_texts(
+        self, prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]]
+    ) -> Plan:
+        """Plan the run of an encoder over texts that are tokens already.
+
+        Args:
+            prompts: Tokens of each prompt, without special ones.
+            responses: Tokens of the responses to each.
+
+        Raises:
+            BackboneError: Naming the group and the response that cannot be embedded.
+        """
+        plan = Plan(prompts=len(prompts), responses=sum(len(texts) for texts in responses))
         target = plan.prompts
-        for number, group in enumerate(groups):
-            targets = range(target, target + len(group.responses))
+        for number, (prompt, texts) in enumerate(zip(prompts, responses, strict=True)):
+            targets = range(target, target + len(texts))
             target = targets.stop
             try:
-                parts = self._prompt_parts(plan, number, ids[number])
-                context = self._fit_prompt(plan, number, ids[number], quietly=True)
+                parts = self._prompt_parts(plan, number, prompt)
+                context = self._fit_prompt(plan, number, prompt, quietly=True)
             except _SkippedError:
                 plan.missing |= {number, *targets}
                 continue
@@ -195,10 +224,10 @@ class TextPlanner:
                 row = [self._cls, *part, self._sep]
                 plan.sequences.append(TokenSequence(row, (Span(number, 0, len(row)),)))
             for k, response in enumerate(targets):
-                if len(context) < len(ids[number]):
+                if len(context) < len(prompt):
                     plan.truncated.add(response)
                 try:
-                    parts = self._response_parts(plan, response, ids[response], len(context))
+                    parts = self._response_parts(plan, response, texts[k], len(context))
                 except _SkippedError:
                     plan.missing.add(response)
                     continue
@@ -208,6 +237,7 @@ class TextPlanner:
                     row = [self._cls, *context, self._sep, *part, self._sep]
                     span = Span(response, len(context) + 2, len(row))
                     plan.sequences.append(TokenSequence(row, (span,)))
+        return plan
 
     def _prompt_parts(self, plan: Plan, target: int, ids: list[int]) -> list[list[int]]:
         if self.spec.on_overlong == "windows":

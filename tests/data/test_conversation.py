@@ -1,6 +1,9 @@
 import dataclasses
+import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from armo.data.conversation import (
     ROLES,
@@ -86,6 +89,72 @@ def test_a_list_needs_a_response():
 def test_a_correct_index_outside_the_list_is_an_error(correct):
     with pytest.raises(ValueError, match=r"`correct` .* is outside the list of responses"):
         ResponseList("a", "s", QUESTION, ("one", "two"), correct)
+
+
+@pytest.mark.parametrize("preference", [0.5, 0.75, 1.0])
+def test_a_preference_is_a_probability_from_a_tie_to_certainty(preference):
+    pair = PreferencePair("a", "s", QUESTION, "one", "two", preference=preference)
+    assert pair.preference == preference
+
+
+@pytest.mark.parametrize("preference", [0.0, 0.4999, 1.0001, -0.5, math.nan, math.inf])
+def test_a_preference_for_the_rejected_response_is_an_error_that_says_to_swap(preference):
+    with pytest.raises(ValueError, match=r"`preference` is .* swap `chosen` and `rejected`"):
+        PreferencePair("a", "s", QUESTION, "one", "two", preference=preference)
+
+
+@pytest.mark.parametrize("margin", [None, 0.0, 3.5])
+def test_a_margin_is_nought_or_more_where_it_is_known(margin):
+    assert PreferencePair("a", "s", QUESTION, "one", "two", margin).margin == margin
+
+
+@pytest.mark.parametrize("margin", [-0.001, -math.inf, math.inf, math.nan])
+def test_a_margin_below_nought_or_without_end_is_an_error(margin):
+    with pytest.raises(ValueError, match=r"`margin` must be a finite number from 0 on, got .*swap"):
+        PreferencePair("a", "s", QUESTION, "one", "two", margin)
+
+
+RANKS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5)
+
+
+@given(RANKS)
+def test_ranks_are_the_ranking_as_they_are(ranks):
+    texts = tuple(f"answer {k}" for k in range(len(ranks)))
+    assert ResponseList("a", "s", QUESTION, texts, ranks=tuple(ranks)).ranking == tuple(ranks)
+
+
+@given(st.integers(1, 5).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
+def test_right_responses_tie_before_the_others_which_tie(case):
+    size, correct = case
+    texts = tuple(f"answer {k}" for k in range(size))
+    ranking = ResponseList("a", "s", QUESTION, texts, tuple(correct)).ranking
+    assert {k for k, rank in enumerate(ranking) if rank == 0.0} == correct
+    assert {k for k, rank in enumerate(ranking) if rank == 1.0} == set(range(size)) - correct
+
+
+@pytest.mark.parametrize("correct", [(), (0,)])
+def test_a_list_has_right_responses_or_ranks_and_not_both(correct):
+    with pytest.raises(ValueError, match="`correct` and `ranks` are both given"):
+        ResponseList("a", "s", QUESTION, ("one", "two"), correct, ranks=(1, 2))
+
+
+@pytest.mark.parametrize("ranks", [(), (1.0,), (1.0, 2.0, 3.0)])
+def test_ranks_of_another_number_than_the_responses_are_an_error(ranks):
+    with pytest.raises(ValueError, match=rf"`ranks` has {len(ranks)} numbers for 2 responses"):
+        ResponseList("a", "s", QUESTION, ("one", "two"), ranks=ranks)
+
+
+@pytest.mark.parametrize("rank", [math.nan, math.inf, -math.inf])
+def test_ranks_that_are_not_finite_are_an_error(rank):
+    with pytest.raises(ValueError, match="`ranks` must be finite numbers"):
+        ResponseList("a", "s", QUESTION, ("one", "two"), ranks=(1.0, rank))
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_the_weight_of_a_list_is_finite_and_not_below_nought(weight):
+    assert ResponseList("a", "s", QUESTION, ("one", "two"), weight=0.0).weight == 0.0
+    with pytest.raises(ValueError, match="`weight` must be a finite number from 0 on"):
+        ResponseList("a", "s", QUESTION, ("one", "two"), weight=weight)
 
 
 def test_every_row_type_gives_its_prompt_and_responses():

@@ -129,3 +129,43 @@ def test_a_set_of_bias_objectives_alone_makes_no_score():
 def test_an_unknown_objective_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'humour'; there are honesty, verbosity, harm\."):
         make_set().index("humour")
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["honesty", "verbosity", "harm"]), st.floats(0.0, 1e6), min_size=1
+    )
+)
+def test_a_mix_is_the_weights_over_their_sum_in_column_order(weights):
+    declared = make_set()
+    total = sum(weights.values())
+    if total <= 0.0:
+        with pytest.raises(ValueError, match="not all zero"):
+            declared.mix(weights)
+        return
+    expected = [weights.get(name, 0.0) / total for name in declared.names]
+    assert declared.mix(weights) == pytest.approx(expected)
+    assert sum(declared.mix(weights)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {},
+        {"honesty": 0.0},
+        {"honesty": 2.0, "harm": -1.0},
+        {"honesty": math.nan},
+        {"honesty": 1.0, "harm": math.nan},
+        {"honesty": math.inf},
+        {"honesty": 1e308, "harm": 1e308},
+    ],
+)
+def test_weights_that_make_no_mix_are_shown(weights):
+    with pytest.raises(ValueError, match="`weights` must not be negative") as caught:
+        make_set().mix(weights)
+    assert str(weights) in str(caught.value)
+
+
+def test_a_mix_of_an_unknown_objective_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'humour'; there are honesty, verbosity, harm\."):
+        make_set().mix({"honesty": 1.0, "humour": 1.0})

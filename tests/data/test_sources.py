@@ -3,6 +3,7 @@ import json
 import re
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from armo.data.sources import (
     load_scorable,
     stream_lists,
     stream_pairs,
+    stream_ranked_lists,
     stream_ratings,
 )
 
@@ -31,6 +33,7 @@ ANSWER = {"role": "assistant", "content": "In water."}
 RATING = {"id": "a", "source": "s", "messages": [USER, ANSWER], "ratings": {"honesty": 4}}
 PAIR = {"id": "a", "source": "s", "prompt": [USER], "chosen": "In water.", "rejected": "No."}
 LIST = {"id": "a", "source": "s", "prompt": [USER], "responses": ["yes", "no"], "correct": [0]}
+RANKED = {**{name: LIST[name] for name in LIST if name != "correct"}, "ranks": [2, 1]}
 
 
 def encode(row):
@@ -69,6 +72,10 @@ def judged_pairs(path):
     return load_pairs(path, objectives=OBJECTIVES)
 
 
+def ranked_lists(path):
+    return list(stream_ranked_lists(path))
+
+
 def streamed_ratings(path):
     return stream_ratings(path, objectives=OBJECTIVES)
 
@@ -79,8 +86,9 @@ STREAMS = pytest.mark.parametrize(
         (streamed_ratings, ratings_of, RATING),
         (stream_pairs, load_pairs, PAIR),
         (stream_lists, load_lists, LIST),
+        (stream_ranked_lists, ranked_lists, RANKED),
     ],
-    ids=["ratings", "pairs", "lists"],
+    ids=["ratings", "pairs", "lists", "ranked lists"],
 )
 
 
@@ -91,8 +99,14 @@ def ids(rows):
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
 @pytest.mark.parametrize(
     ("load", "row"),
-    [(ratings_of, RATING), (load_pairs, PAIR), (load_lists, LIST), (load_scorable, PAIR)],
-    ids=["ratings", "pairs", "lists", "scorable"],
+    [
+        (ratings_of, RATING),
+        (load_pairs, PAIR),
+        (load_lists, LIST),
+        (ranked_lists, RANKED),
+        (load_scorable, PAIR),
+    ],
+    ids=["ratings", "pairs", "lists", "ranked lists", "scorable"],
 )
 def test_every_format_gives_the_same_rows(write, suffix, load, row):
     rows = [row, {**row, "id": "b"}]
@@ -232,6 +246,113 @@ def test_rows_weigh_one_and_judge_nothing_by_themselves(write):
     assert rated.weight == 1.0
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_preferences_and_margins_are_kept_and_may_be_null(write, suffix):
+    rows = [
+        {**PAIR, "preference": 0.5, "margin": 0.0},
+        {**PAIR, "id": "b", "preference": None, "margin": None},
+        {**PAIR, "id": "c", "preference": 1.0, "margin": 2.5},
+    ]
+    loaded = load_pairs(write(f"rows.{suffix}", rows))
+    assert [row.preference for row in loaded] == [0.5, 1.0, 1.0]
+    assert [row.margin for row in loaded] == [0.0, None, 2.5]
+
+
+def test_chosen_is_the_better_one_for_certain_where_nothing_else_is_said(write):
+    (row,) = load_pairs(write("rows.jsonl", [PAIR]))
+    assert (row.preference, row.margin) == (1.0, None)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("load", [load_lists, ranked_lists])
+def test_lists_have_ranks_or_right_responses_and_a_weight(write, load, suffix):
+    rows = [
+        {**RANKED, "correct": None, "weight": 0.5},
+        {**LIST, "id": "b", "ranks": None, "weight": None},
+        {**LIST, "id": "c", "responses": ["a", "b", "c"], "correct": [], "ranks": None},
+        {**RANKED, "id": "d", "ranks": [3.0, 3.0]},
+    ]
+    loaded = load(write(f"rows.{suffix}", rows))
+    assert [row.ranks for row in loaded] == [(2.0, 1.0), None, None, (3.0, 3.0)]
+    assert [row.correct for row in loaded] == [None, (0,), (), None]
+    assert [row.ranking for row in loaded] == [(2, 1), (0, 1), (1, 1, 1), (3, 3)]
+    assert [row.weight for row in loaded] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_a_benchmark_may_hold_lists_that_are_not_to_train_on(write):
+    rows = [{**LIST, "responses": ["yes"]}, {**LIST, "id": "b", "responses": ["yes", "yes "]}]
+    path = write("rows.jsonl", rows)
+    assert ids(load_lists(path)) == ["a", "b"]
+    with pytest.raises(DataError, match=re.escape(f"{path}:1: `responses` has one response alone")):
+        ranked_lists(path)
+
+
+def test_the_built_in_lists_to_train_on_are_the_counterfactual_pairs_which_tie():
+    rows = ranked_lists("builtin")
+    assert rows == load_lists("builtin")
+    assert {row.ranking for row in rows} == {(0.0, 0.0)}
+
+
+JUDGES = {"honesty": ["judges", "qa/web"], "safety": ["qa"]}
+
+
+def judgements_of(write, rows, *, judges, name="rows.jsonl"):
+    path = write(name, [{**PAIR, "id": str(k), **row} for k, row in enumerate(rows)])
+    pairs = list(stream_pairs(path, objectives=OBJECTIVES, judges=judges))
+    return [pair.judgements for pair in pairs]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_pairs_of_a_source_or_a_category_judge_its_objective(write, suffix):
+    expected = [
+        ({"source": "judges", "category": ""}, {"honesty": 1.0}),
+        ({"source": "s", "category": "qa"}, {"safety": 1.0}),
+        ({"source": "judges", "category": "qa"}, {"honesty": 1.0, "safety": 1.0}),
+        ({"source": "s", "category": "qa/web/french"}, {"honesty": 1.0, "safety": 1.0}),
+        ({"source": "s", "category": "qa/book"}, {"safety": 1.0}),
+        ({"source": "s", "category": "qaweb"}, {}),
+        ({"source": "s", "category": "more/qa"}, {}),
+        ({"source": "judges/a", "category": "judge"}, {}),
+    ]
+    rows = [row for row, _ in expected]
+    found = judgements_of(write, rows, judges=JUDGES, name=f"rows.{suffix}")
+    assert found == [judgements for _, judgements in expected]
+
+
+def test_a_pair_judges_as_its_preference_says_and_a_tie_is_one(write):
+    rows = [{"category": "qa", "preference": vote} for vote in (0.5, 0.8, None)]
+    assert [row["safety"] for row in judgements_of(write, rows, judges=JUDGES)] == [0.5, 0.8, 1.0]
+
+
+def test_a_judgement_of_the_row_itself_wins(write):
+    rows = [
+        {"category": "qa/web", "preference": 0.8, "judgements": {"honesty": 0.1}},
+        {"category": "qa/web", "preference": 0.8, "judgements": {"honesty": None}},
+        {"category": "other", "judgements": {"safety": 0.3}},
+    ]
+    assert judgements_of(write, rows, judges=JUDGES) == [
+        {"honesty": 0.1, "safety": 0.8},
+        {"honesty": 0.8, "safety": 0.8},  # null is missing
+        {"safety": 0.3},
+    ]
+
+
+def test_judges_change_nothing_else_of_a_pair(write):
+    path = write("rows.jsonl", [{**PAIR, "weight": 2.0, "margin": 1.0, "preference": 0.7}])
+    (plain,) = stream_pairs(path, objectives=OBJECTIVES)
+    (judging,) = stream_pairs(path, objectives=OBJECTIVES, judges={"honesty": ["s"]})
+    assert judging == replace(plain, judgements={"honesty": 0.7})
+    assert [*stream_pairs(path, objectives=OBJECTIVES, judges={"honesty": ["t"]})] == [plain]
+    assert [*stream_pairs(path, objectives=OBJECTIVES, judges={})] == [plain]
+
+
+def test_an_undeclared_objective_is_named_before_a_row_is_read():
+    with pytest.raises(
+        ValueError, match=r"objective 'humour' is not declared; add it to `data\.ob"
+    ):
+        stream_pairs("/no/such.jsonl", objectives=OBJECTIVES, judges={"humour": ["s"]})
+
+
 def test_without_declared_objectives_any_may_be_judged(write):
     path = write("rows.jsonl", [{**PAIR, "judgements": {"humour": 0.5}}])
     assert load_pairs(path)[0].judgements == {"humour": 0.5}
@@ -326,7 +447,31 @@ BAD_ROWS = {
         "`chosen` and `rejected` are the same text",
     ),
     "margin in words": (load_pairs, {**PAIR, "margin": "big"}, "`margin` is not a number: 'big'"),
-    "NaN margin": (load_pairs, {**PAIR, "margin": float("nan")}, "`margin` is not a number"),
+    "NaN margin": (load_pairs, {**PAIR, "margin": float("nan")}, "`margin` must be a finite"),
+    "negative margin": (
+        load_pairs,
+        {**PAIR, "margin": -0.5},
+        "`margin` must be a finite number from 0 on, got -0.5; where `rejected` is the better one, "
+        "swap `chosen` and `rejected`",
+    ),
+    "preference for the rejected": (
+        load_pairs,
+        {**PAIR, "preference": 0.3},
+        "`preference` is 0.3; it is the probability in [0.5, 1] that `chosen` is the better one, "
+        "so below 0.5 swap `chosen` and `rejected`",
+    ),
+    "preference above one": (load_pairs, {**PAIR, "preference": 1.01}, "`preference` is 1.01; it"),
+    "NaN preference": (load_pairs, {**PAIR, "preference": float("nan")}, "`preference` is nan; it"),
+    "preference in words": (
+        load_pairs,
+        {**PAIR, "preference": "tie"},
+        "`preference` is not a number: 'tie'",
+    ),
+    "boolean preference": (
+        load_pairs,
+        {**PAIR, "preference": True},
+        "`preference` is not a number: True",
+    ),
     "margin beyond every float": (load_pairs, {**PAIR, "margin": 10**400}, "`margin` is too large"),
     "negative weight": (load_pairs, {**PAIR, "weight": -1}, "`weight` must be a finite number"),
     "NaN weight": (ratings_of, {**RATING, "weight": float("nan")}, "`weight` must be a finite"),
@@ -388,6 +533,36 @@ BAD_ROWS = {
     "correct outside the list": (load_lists, {**LIST, "correct": [2]}, "`correct` [2] is outside"),
     "correct in words": (load_lists, {**LIST, "correct": ["0"]}, "`correct`"),
     "correct not a whole number": (load_lists, {**LIST, "correct": [0.5]}, "`correct`"),
+    "correct not a list": (load_lists, {**LIST, "correct": 0}, "field `correct` must be a list"),
+    "ranks and correct": (
+        load_lists,
+        {**RANKED, "correct": []},
+        "`correct` and `ranks` are both given; keep one of them",
+    ),
+    "too few ranks": (
+        load_lists,
+        {**RANKED, "ranks": [1]},
+        "`ranks` has 1 numbers for 2 responses",
+    ),
+    "NaN rank": (load_lists, {**RANKED, "ranks": [1, float("nan")]}, "`ranks` must be finite num"),
+    "rank in words": (load_lists, {**RANKED, "ranks": [1, "2"]}, "`ranks[1]` is not a number: '2'"),
+    "boolean rank": (
+        load_lists,
+        {**RANKED, "ranks": [True, 2]},
+        "`ranks[0]` is not a number: True",
+    ),
+    "ranks not a list": (load_lists, {**RANKED, "ranks": 1}, "field `ranks` must be a list"),
+    "list with a negative weight": (load_lists, {**RANKED, "weight": -1}, "`weight` must be a fin"),
+    "list to train on of one response": (
+        ranked_lists,
+        {**RANKED, "responses": ["yes"], "ranks": [1]},
+        "`responses` has one response alone; a list to train on needs two",
+    ),
+    "list to train on with a text twice": (
+        ranked_lists,
+        {**RANKED, "responses": ["no", "yes", "\nyes "], "ranks": [1, 2, 3]},
+        "`responses[1]` and `responses[2]` are the same text; drop one of them",
+    ),
     "scorable of no known form": (
         load_scorable,
         {"prompt": [USER], "response": "yes"},
@@ -423,7 +598,7 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize(("load", "bad", "words"), BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_bad_row_is_named_by_file_and_line(write, load, bad, words):
-    good = {ratings_of: RATING, load_lists: LIST}.get(load, PAIR)
+    good = {ratings_of: RATING, load_lists: LIST, ranked_lists: RANKED}.get(load, PAIR)
     path = write("rows.jsonl", [good, {"id": "b", **bad} if load is load_scorable else bad])
     with pytest.raises(DataError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(words)):
         load(path)
@@ -437,6 +612,7 @@ def test_a_bad_row_is_named_by_file_and_line(write, load, bad, words):
             (ratings_of, RATING, ("id", "source", "messages", "ratings")),
             (load_pairs, PAIR, ("id", "source", "prompt", "chosen", "rejected")),
             (load_lists, LIST, ("id", "source", "prompt", "responses", "correct")),
+            (ranked_lists, LIST, ("id", "source", "prompt", "responses", "correct")),
         )
         for field in fields
     ],

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.multiprocessing.spawn import ProcessRaisedException
 from transformers import PreTrainedTokenizerFast
 
-from armo.artifacts import ArtifactError, digest_file
+from armo.artifacts import ArtifactError, digest_file, read_json, write_json
 from armo.data.conversation import (
     Conversation,
     Message,
@@ -82,12 +82,12 @@ PAIRS = [
     pair("p1", EGG, SEVEN, "I cannot know.", category="advice"),
     pair("p2", DOG, "Yes.", "- It **is**.\n- It sleeps!", category="facts"),
 ]
-LISTS = [
+BENCHMARK = [
     ResponseList("l0", "raters", FOX, ("No.", "Yes.", "Warn the fox."), (1,), category="safety"),
     ResponseList("l1", "raters", EGG, (SEVEN, "Five words."), (0,), category="advice"),
     ResponseList("l2", "raters", FOX, ("Perhaps.", "No."), (0,), category="advice"),
 ]
-USED_LISTS = [LISTS[0], LISTS[2]]  # the other is on a training prompt
+USED_LISTS = [BENCHMARK[0], BENCHMARK[2]]  # the other is on a training prompt
 ROWS = [*RATINGS, *PAIRS, *USED_LISTS]
 PROMPTS = {row.prompt for row in ROWS}
 CONVERSATIONS = {Conversation(row.prompt, text) for row in ROWS for text in row.responses}
@@ -130,7 +130,7 @@ class WatchedBackbone(Backbone):
             yield embedded
 
 
-def embed(folder, backbone, *, ratings=RATINGS, pairs=PAIRS, lists=LISTS, **options):
+def embed(folder, backbone, *, ratings=RATINGS, pairs=PAIRS, benchmark=BENCHMARK, **options):
     defaults = {"test_fraction": 0.5, "min_ratings": 1, "shard_rows": 2, "team": Team("cpu")}
     embed_rows(
         folder,
@@ -138,7 +138,7 @@ def embed(folder, backbone, *, ratings=RATINGS, pairs=PAIRS, lists=LISTS, **opti
         objectives=OBJECTIVES,
         ratings=ratings,
         pairs=pairs,
-        lists=lists,
+        benchmark=benchmark,
         **{**defaults, **options},
     )
     return EmbeddedData.load(folder)
@@ -151,8 +151,8 @@ def embed_alone(backbone, prompt, response):
 
 
 def corpus(prompts=16, *, answers=2):
-    """Rated rows, pairs and lists that share some texts; every prompt fills a shard of two."""
-    ratings, pairs, lists = [], [], []
+    """Rated rows, pairs and a benchmark that share texts; every prompt fills a shard of two."""
+    ratings, pairs, benchmark = [], [], []
     for k in range(prompts):
         prompt = (Message("user", f"Question {k}: is the fox {k} quick?"),)
         split = ("test", "train", "train", "train")[k % 4]
@@ -163,8 +163,9 @@ def corpus(prompts=16, *, answers=2):
         fields = {"category": ("facts", "advice")[k % 2], "split": split}
         pairs.append(PreferencePair(f"p{k}", "s", prompt, texts[-1], texts[0], **fields))
         if split == "test":
-            lists.append(ResponseList(f"l{k}", "s", prompt, (texts[0], f"Else {k}."), **fields))
-    return {"ratings": ratings, "pairs": pairs, "lists": lists}
+            other = (texts[0], f"Else {k}.")
+            benchmark.append(ResponseList(f"l{k}", "s", prompt, other, **fields))
+    return {"ratings": ratings, "pairs": pairs, "benchmark": benchmark}
 
 
 def digests(folder):
@@ -263,7 +264,7 @@ def test_a_prompt_with_more_responses_than_a_shard_holds_stays_whole(encoder, tm
         rate(f"r{k}", DOG, "- Yes!\n" * (k % 7) + f"**{k}**", honesty=1 + k % 5, harm=k % 11)
         for k in range(1100)
     ]
-    rows = {"ratings": [*RATINGS, *ratings], "pairs": [], "lists": []}
+    rows = {"ratings": [*RATINGS, *ratings], "pairs": [], "benchmark": []}
     watched = WatchedBackbone(encoder)
     data = embed(tmp_path, watched, **rows)
     assert [len(shard) for shard in watched.shards] == [1, 2, 1]
@@ -377,24 +378,24 @@ def test_each_row_is_on_the_side_that_it_says(data):
     assert tables.lists_test.tolist() == [True, True]
 
 
-def test_lists_on_training_prompts_are_left_out_and_counted(encoder, tmp_path, caplog):
+def test_a_benchmark_on_training_prompts_is_left_out_and_counted(encoder, tmp_path, caplog):
     caplog.set_level(logging.INFO, "armo")
     watched = WatchedBackbone(encoder)
     embed(tmp_path, watched)
     assert Conversation(EGG, "Five words.") not in watched.conversations
-    assert "1 response lists on training prompts are not used" in caplog.text
+    assert "1 benchmark lists on training prompts are not used" in caplog.text
 
 
 @pytest.mark.parametrize("test_fraction", [0.2, 0.5, 0.8])
 def test_rows_of_one_prompt_are_on_one_side_whatever_the_split(encoder, tmp_path, test_fraction):
     # One prompt says where it belongs, so that there is something to learn from.
-    free = [dataclasses.replace(row, split=None) for row in [*RATINGS[1:2], *PAIRS, *LISTS]]
+    free = [dataclasses.replace(row, split=None) for row in [*RATINGS[1:2], *PAIRS, *BENCHMARK]]
     tables = embed(
         tmp_path,
         WatchedBackbone(encoder),
         ratings=[*RATINGS[:1], *free[:1], *RATINGS[2:]],
         pairs=free[1:4],
-        lists=free[4:],
+        benchmark=free[4:],
         test_fraction=test_fraction,
     ).tables
     side_of_group = {}
@@ -449,7 +450,7 @@ def test_examples_are_spread_over_the_categories_and_limited(encoder, tmp_path):
 
 
 def test_pairs_and_lists_may_be_absent(encoder, tmp_path):
-    data = embed(tmp_path, encoder, pairs=[], lists=[])
+    data = embed(tmp_path, encoder, pairs=[], benchmark=[])
     assert data.tables.pairs_chosen.shape == data.tables.lists_response.shape == (0,)
     assert data.categories == ()
     assert data.examples == []
@@ -465,6 +466,148 @@ def test_texts_that_were_cut_are_marked_in_the_store(encoder, tmp_path, caplog):
     assert bool(data.tables.ratings_test[-1])
     assert "1 of 11 responses were cut to fit the backbone" in caplog.text
     assert "skipped" not in caplog.text
+
+
+# Ties, margins and lists to train on
+
+
+def test_preferences_and_margins_reach_the_tables(encoder, tmp_path):
+    pairs = [
+        dataclasses.replace(PAIRS[0], preference=0.5),
+        dataclasses.replace(PAIRS[1], preference=0.75, margin=2.0),
+        PAIRS[2],
+    ]
+    tables = embed(tmp_path, WatchedBackbone(encoder), pairs=pairs).tables
+    assert tables.pairs_preference.tolist() == [0.5, 0.75, 1.0]
+    expected = torch.tensor([math.nan, 2.0, math.nan], dtype=torch.float64)
+    torch.testing.assert_close(tables.pairs_margin, expected, equal_nan=True, rtol=0, atol=0)
+
+
+LISTS = [
+    ResponseList(
+        "t0",
+        "rankers",
+        EGG,
+        ("Five words.", SEVEN, "I cannot know."),
+        ranks=(2.0, 1.0, 2.0),
+        category="advice",
+        weight=0.5,
+    ),
+    ResponseList("t1", "graders", FOX, ("Perhaps.", "Yes."), (1,), category="safety"),
+    ResponseList("t2", "rankers", DOG, ("Yes.", "It sleeps."), (0,), split="train", weight=3.0),
+]
+
+
+@pytest.fixture(scope="module")
+def listed(encoder, tmp_path_factory):
+    return embed(tmp_path_factory.mktemp("listed"), WatchedBackbone(encoder), lists=LISTS)
+
+
+def test_lists_to_train_on_are_on_both_sides_and_a_benchmark_on_the_test_side(listed):
+    tables = listed.tables
+    assert tables.lists_benchmark.tolist() == [False, False, False, True, True]
+    assert tables.lists_train.tolist() == [True, False, True, False, False]
+    assert torch.equal(tables.lists_test, ~tables.lists_train)
+
+
+def test_each_list_finds_its_responses_ranks_weight_and_source(listed, encoder):
+    tables = listed.tables
+    rows = [*LISTS, *USED_LISTS]
+    assert tables.lists_of.tolist() == [k for k, row in enumerate(rows) for _ in row.responses]
+    alone = [embed_alone(encoder, row.prompt, text)[1] for row in rows for text in row.responses]
+    found = listed.responses.read(tables.lists_response)
+    torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=0)
+    assert (found.roll(1, 0) - torch.stack(alone)).abs().max() > 1e-2
+    ranks = [[2.0, 1.0, 2.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0]]
+    assert tables.lists_rank.tolist() == [rank for row in ranks for rank in row]
+    assert tables.lists_weight.tolist() == [0.5, 1.0, 3.0, 1.0, 1.0]
+    assert [listed.sources[k] for k in tables.lists_source] == [row.source for row in rows]
+    names = [listed.categories[k] for k in tables.lists_category]
+    assert names == ["advice", "safety", "", "safety", "advice"]
+
+
+def test_lists_to_train_on_share_prompts_and_texts_with_all_other_rows(encoder, tmp_path):
+    watched = WatchedBackbone(encoder)
+    data = embed(tmp_path, watched, lists=LISTS)
+    assert set(watched.prompts) == PROMPTS
+    assert len(watched.prompts) == len(PROMPTS)
+    new = {Conversation(EGG, "Five words."), Conversation(DOG, "It sleeps.")}
+    assert set(watched.conversations) == CONVERSATIONS | new
+    assert len(watched.conversations) == data.responses.rows == len(CONVERSATIONS | new)
+    assert data.tables.lists_response[1] == data.tables.ratings_response[0]
+    assert data.tables.lists_response[5] == data.tables.pairs_chosen[2]
+
+
+def test_without_lists_to_train_on_the_tables_say_so(data, listed):
+    assert data.tables.lists_benchmark.all()
+    assert not data.tables.lists_train.any()
+    # The other rows do not depend on them.
+    for name in ("ratings", "pairs_train", "pairs_test", "ratings_train", "ratings_test"):
+        values = getattr(data.tables, name), getattr(listed.tables, name)
+        torch.testing.assert_close(*values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("test_fraction", [0.2, 0.5, 0.8])
+def test_lists_to_train_on_follow_the_side_of_their_prompt(encoder, tmp_path, test_fraction):
+    names = [f"Question {k}?" for k in range(12)]
+    lists = [
+        ResponseList(f"t{k}", "s", (Message("user", name),), ("Yes.", "No."), ranks=(1, 2))
+        for k, name in enumerate(names)
+    ]
+    pairs = [
+        PreferencePair(f"p{k}", "s", (Message("user", name),), "Yes.", "No.")
+        for k, name in enumerate(names)
+    ]
+    data = embed(tmp_path, encoder, pairs=pairs, lists=lists, test_fraction=test_fraction)
+    tables = data.tables
+    ours = ~tables.lists_benchmark
+    assert torch.equal(tables.lists_test[ours], tables.pairs_test)
+    assert torch.equal(tables.lists_train[ours], tables.pairs_train)
+    assert tables.lists_train.any()
+    assert tables.lists_test[ours].any()
+
+
+def test_a_list_on_the_other_side_of_its_prompt_stops_before_anything_is_embedded(
+    encoder, tmp_path
+):
+    watched = WatchedBackbone(encoder)
+    lists = [dataclasses.replace(LISTS[1], split="train")]
+    with pytest.raises(DataError, match=r"'r1' \(test\) and 't1' \(train\) share a prompt"):
+        embed(tmp_path, watched, lists=lists)
+    assert watched.shards == []
+
+
+def test_a_list_to_train_on_with_a_skipped_response_is_on_neither_side(encoder, tmp_path, caplog):
+    lists = [
+        *LISTS[:1],
+        ResponseList("long", "s", EGG, (SEVEN, LONG), ranks=(1.0, 2.0)),
+        *LISTS[1:],
+    ]
+    backbone = WatchedBackbone(encoder, on_overlong="skip")
+    tables = embed(tmp_path, backbone, lists=lists, benchmark=[]).tables
+    assert tables.lists_train.tolist() == [True, False, False, True]
+    assert tables.lists_test.tolist() == [False, False, True, False]
+    assert "so 1 of 4 lists are left out" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["format of another version", "no format"])
+def test_tables_of_another_version_are_named_and_made_again_without_embedding(
+    encoder, folder, tmp_path, change
+):
+    embed(tmp_path, WatchedBackbone(encoder))
+    names = read_json(tmp_path / extract.NAMES)
+    assert names.pop("format") == extract.ROWS_FORMAT
+    if change == "format of another version":
+        names["format"] = extract.ROWS_FORMAT - 1
+    write_json(tmp_path / extract.NAMES, names)
+    with pytest.raises(
+        ArtifactError, match=r"rows\.json: row tables of another .* `armo train stages=\[embed\]`"
+    ):
+        EmbeddedData.load(tmp_path)
+    watched = WatchedBackbone(encoder, shards=0)
+    embed(tmp_path, watched)
+    assert watched.shards == []
+    assert_same_files(tmp_path, folder)
 
 
 # Streams
@@ -489,11 +632,12 @@ def test_rows_may_be_streams_without_a_length_and_are_read_once(encoder, folder,
     rows = {
         "ratings": Once(RATINGS, events, "ratings"),
         "pairs": Once(PAIRS, events, "pairs"),
-        "lists": Once(LISTS, events, "lists"),
+        "lists": Once([], events, "lists"),
+        "benchmark": Once(BENCHMARK, events, "benchmark"),
     }
     watched = WatchedBackbone(encoder)
     embed(tmp_path, watched, **rows)
-    assert events == ["ratings"] * 7 + ["pairs"] * 4 + ["lists"] * 4
+    assert events == ["ratings"] * 7 + ["pairs"] * 4 + ["lists"] + ["benchmark"] * 4
     assert_same_files(tmp_path, folder)
 
 
@@ -512,7 +656,7 @@ def test_no_row_is_kept_while_the_next_are_read(encoder, tmp_path):
             yield watched
             del watched
 
-    embed(tmp_path, WatchedBackbone(encoder), ratings=stream(), pairs=[], lists=[])
+    embed(tmp_path, WatchedBackbone(encoder), ratings=stream(), pairs=[], benchmark=[])
     assert len(references) == 32
 
 
@@ -570,7 +714,7 @@ NO_STYLE = rate("new", DOG, "Yes.", honesty=1.0)
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"ratings": [], "pairs": [], "lists": []}, "'honesty' has 0 ratings"),
+        ({"ratings": [], "pairs": [], "benchmark": []}, "'honesty' has 0 ratings"),
         ({"ratings": RATINGS[:-1]}, "'verbosity' has the one rating 4"),
         ({"ratings": [*RATINGS[:3], NO_STYLE]}, "'verbosity' has 0 ratings"),
         ({"ratings": RATINGS[:3]}, "'honesty' has the one rating 5"),
@@ -877,12 +1021,12 @@ def test_skipped_rows_keep_their_place_and_are_on_neither_side(encoder, folder, 
         *PAIRS[1:],
         PreferencePair("long rejected", prompt=FOX, chosen="No.", rejected=LONG, **fields),
     ]
-    lists = [
-        *LISTS[:1],
+    benchmark = [
+        *BENCHMARK[:1],
         ResponseList("long", prompt=FOX, responses=("No.", LONG), correct=(0,), **fields),
-        *LISTS[1:],
+        *BENCHMARK[1:],
     ]
-    rows = {"ratings": ratings, "pairs": pairs, "lists": lists}
+    rows = {"ratings": ratings, "pairs": pairs, "benchmark": benchmark}
     data = embed(tmp_path, WatchedBackbone(encoder, on_overlong="skip"), **rows)
     tables = data.tables
     left_out = {
@@ -1012,7 +1156,7 @@ def test_a_prompt_that_the_template_refuses_is_named_wherever_it_is(causal, tmp_
     rows = corpus()
     del rows["pairs"][place]
     prompt = (Message("user", f"Question {place} of a forbidden kind?"),)
-    rows["lists"] = []
+    rows["benchmark"] = []
     rows["ratings"] = [
         dataclasses.replace(row, conversation=Conversation(prompt, row.responses[0]))
         if f"Question {place}:" in row.prompt[0].content
@@ -1195,7 +1339,6 @@ def report_peak(folder, spec, count, words, result):
         objectives=OBJECTIVES,
         ratings=many_rows(count, words),
         pairs=[],
-        lists=[],
         test_fraction=0.5,
         min_ratings=1,
         shard_rows=32,

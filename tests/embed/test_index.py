@@ -62,60 +62,82 @@ def plans(draw):
         {}, optional={"honesty": st.floats(0, 1), "harm": st.sampled_from((0.0, 0.5, 1.0))}
     )
     two = st.tuples(answer, answer).filter(lambda pair: pair[0].strip() != pair[1].strip())
+    preference = st.sampled_from((1.0, 0.5)) | st.floats(0.5, 1.0)
+    margin = st.none() | st.floats(0.0, 9.0)
+
+    def listed(kind, number, *, least):
+        responses = tuple(draw(st.lists(answer, min_size=least, max_size=3)))
+        size = len(responses)
+        ranks = st.lists(st.sampled_from((-1.0, 0.0, 1.5, 2.0)), min_size=size, max_size=size)
+        order = {"ranks": tuple(draw(ranks))}
+        if draw(st.booleans()):
+            order = {"correct": tuple(draw(st.sets(st.integers(0, size - 1))))}
+        return row(kind, number, responses=responses, order=order)
+
     return (
         [
             row("r", number, response=draw(answer), ratings=draw(rated))
             for number in range(draw(st.integers(0, 8)))
         ],
         [
-            row("p", number, pair=draw(two), judgements=draw(judged))
+            row(
+                "p",
+                number,
+                pair=draw(two),
+                judgements=draw(judged),
+                preference=draw(preference),
+                margin=draw(margin),
+            )
             for number in range(draw(st.integers(0, 8)))
         ],
-        [
-            row("l", number, responses=tuple(draw(st.lists(answer, min_size=1, max_size=3))))
-            for number in range(draw(st.integers(0, 6)))
-        ],
+        [listed("l", number, least=2) for number in range(draw(st.integers(0, 6)))],
+        [listed("b", number, least=1) for number in range(draw(st.integers(0, 6)))],
     )
 
 
 def build(plan):
-    """Make the rated rows, pairs and lists of a plan."""
-    ratings, pairs, lists = [], [], []
+    """Make the rated rows, pairs, lists to train on and lists of the benchmark of a plan."""
+    ratings, pairs, lists, benchmark = [], [], [], []
     for kind in plan:
         for row in kind:
-            fields = {name: row[name] for name in ("id", "category", "split", "source")}
+            fields = {name: row[name] for name in ("id", "category", "split", "source", "weight")}
             system = (Message("system", "Be brief."),) if row["brief"] else ()
             prompt = (*system, Message("user", row["question"]))
             if "response" in row:
                 talk = Conversation(prompt, row["response"])
-                fields |= {"ratings": row["ratings"], "weight": row["weight"]}
+                fields |= {"ratings": row["ratings"]}
                 ratings.append(RatedResponse(conversation=talk, **fields))
             elif "pair" in row:
                 chosen, rejected = row["pair"]
-                fields |= {"judgements": row["judgements"], "weight": row["weight"]}
+                fields |= {name: row[name] for name in ("judgements", "preference", "margin")}
                 pair = PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, **fields)
                 pairs.append(pair)
             else:
-                lists.append(ResponseList(prompt=prompt, responses=row["responses"], **fields))
-    return ratings, pairs, lists
+                fields |= row["order"]
+                listed = ResponseList(prompt=prompt, responses=row["responses"], **fields)
+                (benchmark if kind is plan[3] else lists).append(listed)
+    return ratings, pairs, lists, benchmark
 
 
-def index(folder, ratings=(), pairs=(), lists=(), *, test_fraction=0.4):
+def index(folder, ratings=(), pairs=(), lists=(), benchmark=(), *, test_fraction=0.4):
     indexer = RowIndexer(folder, OBJECTIVES, test_fraction=test_fraction)
     indexer.add_ratings(ratings)
     indexer.add_pairs(pairs)
     indexer.add_lists(lists)
+    indexer.add_benchmark(benchmark)
     return indexer.finish()
 
 
 class Slow:
     """The same numbers, found with lists and dictionaries of texts."""
 
-    def __init__(self, ratings, pairs, lists, *, test_fraction=0.4):
+    def __init__(self, ratings, pairs, lists, benchmark, *, test_fraction=0.4):
         splits = GroupSplits(test_fraction)
-        groups = {prompt_group(row.prompt): splits.add(row) for row in [*ratings, *pairs, *lists]}
+        rows = [*ratings, *pairs, *lists, *benchmark]
+        groups = {prompt_group(row.prompt): splits.add(row) for row in rows}
         self.test = splits.test()
-        self.lists = [row for row in lists if self.test[groups[prompt_group(row.prompt)]]]
+        kept = [row for row in benchmark if self.test[groups[prompt_group(row.prompt)]]]
+        self.lists = [*lists, *kept]
         texts = {}
         for row in [*ratings, *pairs, *self.lists]:
             for response in row.responses:
@@ -135,7 +157,7 @@ def rate(question, answer, *, id="r", **ratings):
 
 @given(plans())
 def test_every_row_finds_its_own_text(tmp_path_factory, plan):
-    ratings, pairs, _ = rows = build(plan)
+    ratings, pairs, *_ = rows = build(plan)
     spool, found = index(tmp_path_factory.mktemp("texts"), *rows)
     slow = Slow(*rows)
     columns = (
@@ -153,7 +175,7 @@ def test_every_row_finds_its_own_text(tmp_path_factory, plan):
 
 @given(plans())
 def test_numbers_are_those_of_the_slow_way(tmp_path_factory, plan):
-    ratings, pairs, _ = rows = build(plan)
+    ratings, pairs, *_ = rows = build(plan)
     spool, found = index(tmp_path_factory.mktemp("texts"), *rows)
     slow = Slow(*rows)
     assert found.ratings_response.tolist() == slow.numbers(ratings)
@@ -175,7 +197,7 @@ def test_distinct_texts_are_written_once_and_side_by_side(tmp_path_factory, plan
     folder = tmp_path_factory.mktemp("texts")
     spool, found = index(folder, *rows)
     every = [(row.prompt, text) for kind in rows for row in kind for text in row.responses]
-    # Lists that are dropped were written before it was known: once as well.
+    # A benchmark's lists that are dropped were written before it was known: once as well.
     assert len((folder / PROMPTS).read_bytes().splitlines()) == len({p for p, _ in every})
     assert len((folder / RESPONSES).read_bytes().splitlines()) == len(set(every))
     # Of the texts that are used, none is there twice, and the numbers have no gap.
@@ -192,7 +214,7 @@ def test_distinct_texts_are_written_once_and_side_by_side(tmp_path_factory, plan
 
 @given(plans())
 def test_rows_keep_the_order_of_their_files(tmp_path_factory, plan):
-    ratings, pairs, lists = rows = build(plan)
+    ratings, pairs, lists, benchmark = rows = build(plan)
     _, found = index(tmp_path_factory.mktemp("texts"), *rows)
     slow = Slow(*rows)
     expected = [
@@ -205,27 +227,56 @@ def test_rows_keep_the_order_of_their_files(tmp_path_factory, plan):
     table = torch.tensor(expected, dtype=torch.float64).reshape(len(ratings), 2)
     torch.testing.assert_close(found.ratings, table, equal_nan=True, rtol=0, atol=0)
     names = found.categories
-    assert list(names) == sorted({row.category for row in [*pairs, *lists]})
+    assert list(names) == sorted({row.category for row in [*pairs, *lists, *benchmark]})
     assert [names[k] for k in found.pairs_category] == [row.category for row in pairs]
     assert [names[k] for k in found.lists_category] == [row.category for row in slow.lists]
     assert found.lists_of.tolist() == [k for k, r in enumerate(slow.lists) for _ in r.responses]
-    assert found.unused_lists == len(lists) - len(slow.lists)
+    assert found.unused_lists == len(lists) + len(benchmark) - len(slow.lists)
 
 
 @given(plans())
 def test_weights_sources_and_judgements_keep_their_rows(tmp_path_factory, plan):
-    ratings, pairs, _ = rows = build(plan)
+    ratings, pairs, *_ = rows = build(plan)
     _, found = index(tmp_path_factory.mktemp("texts"), *rows)
     assert found.ratings_weight.tolist() == [row.weight for row in ratings]
     assert found.pairs_weight.tolist() == [row.weight for row in pairs]
-    # Of lists, which are for evaluation, no source is kept.
-    assert list(found.sources) == sorted({row.source for row in [*ratings, *pairs]})
+    assert list(found.sources) == sorted({row.source for kind in rows for row in kind})
     assert [found.sources[k] for k in found.ratings_source] == [row.source for row in ratings]
     assert [found.sources[k] for k in found.pairs_source] == [row.source for row in pairs]
     expected = [[row.judgements.get(name, math.nan) for name in OBJECTIVES.names] for row in pairs]
     # As they are: that `chosen` is better means the good end, whichever end of the scale that is.
     table = torch.tensor(expected, dtype=torch.float64).reshape(len(pairs), 2)
     torch.testing.assert_close(found.pairs_judgements, table, equal_nan=True, rtol=0, atol=0)
+
+
+@given(plans())
+def test_preferences_and_margins_keep_their_pairs(tmp_path_factory, plan):
+    _, pairs, *_ = rows = build(plan)
+    _, found = index(tmp_path_factory.mktemp("texts"), *rows)
+    assert found.pairs_preference.dtype == found.pairs_margin.dtype == torch.float64
+    assert found.pairs_preference.tolist() == [row.preference for row in pairs]
+    margins = [None if value != value else value for value in found.pairs_margin.tolist()]
+    assert margins == [row.margin for row in pairs]
+
+
+@given(plans())
+def test_ranks_weights_and_sources_keep_their_lists(tmp_path_factory, plan):
+    *_, lists, benchmark = rows = build(plan)
+    _, found = index(tmp_path_factory.mktemp("texts"), *rows)
+    slow = Slow(*rows)
+    expected = [
+        row.ranks[k] if row.ranks is not None else (0.0 if k in row.correct else 1.0)
+        for row in slow.lists
+        for k in range(len(row.responses))
+    ]
+    assert found.lists_rank.dtype == found.lists_weight.dtype == torch.float64
+    assert found.lists_rank.tolist() == expected
+    assert found.lists_weight.tolist() == [row.weight for row in slow.lists]
+    assert [found.sources[k] for k in found.lists_source] == [row.source for row in slow.lists]
+    assert found.lists_benchmark.tolist() == [row.id.startswith("b") for row in slow.lists]
+    # What is to be trained on stays on either side; a benchmark on the test side alone.
+    assert int((~found.lists_benchmark).sum()) == len(lists)
+    assert int(found.lists_benchmark.sum()) == len(benchmark) - found.unused_lists
 
 
 @pytest.mark.parametrize("kind", ["ratings", "pairs"])
@@ -242,19 +293,23 @@ def test_a_row_on_an_objective_that_is_not_declared_is_named(tmp_path, kind):
         index(tmp_path, **{kind: rows[kind]})
 
 
-def test_lists_on_training_prompts_are_not_embedded(tmp_path):
+def test_a_benchmark_on_training_prompts_is_not_embedded_and_lists_to_train_on_are(tmp_path):
     listed = [
         ResponseList("l0", "s", (Message("user", "Why?"),), ("A.", "B."), split="train"),
         ResponseList("l1", "s", (Message("user", "Who?"),), ("C.", "D."), split="test"),
         ResponseList("l2", "s", (Message("user", "When?"),), ("E.", "F."), split="train"),
     ]
     rated = [rate("Why?", "A.", honesty=3)]
-    spool, found = index(tmp_path, rated, (), listed)
+    spool, found = index(tmp_path / "benchmark", rated, (), (), listed)
     assert found.unused_lists == 2
     assert [text for text, _ in spool.responses(range(3))] == ["A.", "C.", "D."]
     assert len(spool.response_offsets) == 3
     assert len(spool.prompt_offsets) == 2
     assert found.lists_of.tolist() == [0, 0]
+    spool, found = index(tmp_path / "lists", rated, (), listed)
+    assert found.unused_lists == 0
+    assert len(spool.response_offsets) == 6
+    assert found.lists_of.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_the_row_of_a_text_is_the_first_that_has_it(tmp_path):
@@ -360,8 +415,8 @@ def test_a_list_that_is_dropped_changes_no_digest(tmp_path_factory):
     prompt = (Message("user", "Question 0"),)
     tested = ResponseList("l", "s", (Message("user", "Tested"),), ("A.", "B."), split="test")
     dropped = ResponseList("d", "s", prompt, ("A.", "B."), split="train")
-    plain, _ = index(tmp_path_factory.mktemp("texts"), rows, (), [tested])
-    more, found = index(tmp_path_factory.mktemp("texts"), rows, (), [dropped, tested])
+    plain, _ = index(tmp_path_factory.mktemp("texts"), rows, (), (), [tested])
+    more, found = index(tmp_path_factory.mktemp("texts"), rows, (), (), [dropped, tested])
     assert found.unused_lists == 1
     assert plain.shards(shard_rows=4) == more.shards(shard_rows=4)
 
