@@ -1,0 +1,71 @@
+"""The best constant mix: weights over objectives that do not look at the prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from armo.fit.preferences import PreferenceBatch, on_first, plackett_luce_loss
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ConstantMix:
+    """The best weights that do not look at the prompt; float64.
+
+    Attributes:
+        weights: Over all objectives; zero for those that are not mixed.
+        beta: Scale of score differences in the preference probability.
+        style: Log-odds per unit of each surface feature; zero unless style is a nuisance.
+    """
+
+    weights: Float[Tensor, " objectives"]
+    beta: float
+    style: Float[Tensor, " features"]
+
+
+def fit_constant_mix(
+    batch: PreferenceBatch, *, mixed: Sequence[int], nuisance: bool = False, decay: float = 1e-4
+) -> ConstantMix:
+    """Fit the constant weights and `beta` that explain the preferences best.
+
+    Minimises the mean loss (`plackett_luce_loss` of `beta score + style`) over weights that are
+    non-negative and sum to one on the mixed objectives, by L-BFGS on their logits, plus `decay`
+    times the squared logits, the squared log of `beta` and the squared style coefficients, which
+    keeps them finite where an objective deserves no weight, or where the preferences can be told
+    without error.
+
+    Args:
+        batch: What to explain; the prompts are not looked at.
+        mixed: Columns that may get weight.
+        nuisance: Whether the effect of style itself is estimated beside the weights.
+        decay: Pull towards equal weights.
+    """
+    values = batch.adjusted[..., list(mixed)].double()
+    measured = batch.style.double() if nuisance else batch.style[..., :0].double()
+    flipped, pair_weights = batch.flipped.double(), batch.weights.double()
+    ahead = on_first(batch.margins.double(), values.shape[1])
+    logits = torch.zeros(len(mixed), dtype=torch.float64, requires_grad=True)
+    log_beta = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    style = torch.zeros(measured.shape[2], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [logits, log_beta, style], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        odds = log_beta.exp() * (values @ logits.softmax(dim=0)) + measured @ style - ahead
+        losses = plackett_luce_loss(odds, batch.ranks, flipped=flipped)
+        loss = (losses * pair_weights).sum() / pair_weights.sum()
+        loss = loss + decay * (logits - logits.mean()).square().sum() + decay * log_beta.square()
+        loss = loss + decay * style.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    mix = torch.zeros(batch.adjusted.shape[2], dtype=torch.float64)
+    mix[list(mixed)] = logits.detach().softmax(dim=0)
+    coefficients = torch.zeros(batch.style.shape[2], dtype=torch.float64)
+    coefficients[: len(style)] = style.detach()
+    return ConstantMix(mix, float(log_beta.detach().exp()), coefficients)
