@@ -3,7 +3,7 @@
 Every artifact is a folder with a `manifest.json` that says what made it, from what, and the
 SHA-256 of each file in it. Files are written to a temporary name and renamed, so a reader sees a
 whole file or none; the manifest is written last, so a folder with a manifest is complete. What
-is not part of an artifact has a name that starts with a dot.
+is not part of an artifact has a name that starts with a dot, or is in a folder `*_training`.
 """
 
 import hashlib
@@ -21,6 +21,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+# What a training leaves beside its result. Some loggers write to theirs until the process ends.
+TRAINING = "_training"
 LOCK = ".lock"
 # Beside the lock, not in it: older releases of filelock empty the file that they fail to lock.
 LOCK_HOLDER = ".lock.json"
@@ -205,6 +207,7 @@ def finish_artifact(
         str(path.relative_to(folder)): digest_file(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST and not path.name.startswith(".")
+        if not any(part.endswith(TRAINING) for part in path.relative_to(folder).parent.parts)
     }
     write_json(
         folder / MANIFEST,

@@ -1,5 +1,6 @@
 """The `armo` command: configuration becomes objects, objects go to the stages."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -8,17 +9,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
+
+from armo.sweeps import JobError, held_out_results, show_jobs
 
 CONFIG = {"version_base": "1.3", "config_path": "pkg://armo.conf"}
 
@@ -29,12 +33,17 @@ usage: armo VERB [OVERRIDES ...]
   train    rated responses and preference pairs in, a scoring model out
   score    score the rows of a file with a model
   verify   check that a model scores its golden conversations as it did when made
+  import   make a model folder of a published ArmoRM or QRM checkpoint
+  export   write a model in a format that other programs read
 
 `armo VERB --help` lists a verb's settings. A setting is changed by `name=value`, as in
 `armo train experiment=demo fit.gating.hidden_dim=32`; Hydra reads the command line.
+`armo train -m` runs one job for each combination of values given as `name=value,value`.
 """
 
 logger = logging.getLogger("armo")
+
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -61,25 +70,36 @@ def main() -> None:
         VERBS[verb]()
     except HydraException as error:
         _fail(error)
+    except JobError as error:
+        # Hydra ends a sweep's callbacks with the sweep, not when one of its jobs failed.
+        show_jobs(error.sweep)
+        _fail(error)
     except KeyboardInterrupt:
         print("armo: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def _fail(error: Exception) -> NoReturn:
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"armo: error: {text}", file=sys.stderr)
+    print(f"armo: error: {_one_line(error)}", file=sys.stderr)
     sys.exit(1)
 
 
-def _in_one_line(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Turn any error into one line and exit status 1; all of it with `hydra.verbose=true`."""
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _in_one_line(task: Callable[[DictConfig], T]) -> Callable[[DictConfig], T]:
+    """Turn any error into one line and exit status 1; all of it with `hydra.verbose=true`.
+
+    A job of a sweep raises it instead, with its number, and the sweeper decides what becomes of
+    the others.
+    """
 
     @wraps(task)
-    def run(cfg: DictConfig) -> None:
+    def run(cfg: DictConfig) -> T:
         _quieten()
         try:
-            task(cfg)
+            return task(cfg)
         except KeyboardInterrupt:
             resumes = "; the same command goes on where it was" if task.__name__ == "train" else ""
             print(f"armo: interrupted{resumes}", file=sys.stderr)
@@ -88,8 +108,12 @@ def _in_one_line(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], N
             print(f"armo: {error.full_key} is needed: {error.full_key}=...", file=sys.stderr)
             sys.exit(2)
         except Exception as error:
-            if HydraConfig.get().verbose:
+            context = HydraConfig.get()
+            if context.verbose:
                 raise
+            if context.mode == RunMode.MULTIRUN:
+                sweep = Path(context.sweep.dir)
+                raise JobError(_one_line(error), job=context.job.num, sweep=sweep) from None
             _fail(error)
 
     return run
@@ -97,8 +121,13 @@ def _in_one_line(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], N
 
 @hydra.main(**CONFIG, config_name="train")
 @_in_one_line
-def train(cfg: DictConfig) -> None:
-    """Run the stages of a training run."""
+def train(cfg: DictConfig) -> float | None:
+    """Run the stages of a training run.
+
+    Returns:
+        What an optimiser is to make small: the gate's loss on held-out training prompts, where
+        the gate was among the stages.
+    """
     from armo import stages
     from armo.artifacts import exclusive
     from armo.data.objectives import ObjectiveSet
@@ -108,12 +137,28 @@ def train(cfg: DictConfig) -> None:
     unknown = [name for name in cfg.stages if name not in stages.STAGES]
     if unknown:
         raise ValueError(f"`stages` knows {', '.join(stages.STAGES)}, not {', '.join(unknown)}")
+    if "gating" in cfg.stages:
+        _check_logger(cfg.fit.logger)
+        if cfg.fit.trainer.devices not in (1, "1") and cfg.fit.trainer.strategy == "auto":
+            # Lightning's own choice starts this command again, which would embed once more.
+            raise ValueError(
+                "several devices for the gate need `fit.trainer.strategy=ddp_spawn` as well"
+            )
     rank = outer_rank() or 0
-    run = stages.Run(folder=Path(cfg.output_dir), console=_console(), seed=cfg.seed, rank=rank)
+    run = stages.Run(
+        folder=_output_folder(cfg),
+        console=_console(),
+        seed=cfg.seed,
+        rank=rank,
+        stages=tuple(cfg.stages),
+        source=Path(cfg.from_run) if cfg.from_run is not None else None,
+    )
+    embed: Any = OmegaConf.to_container(cfg.embed, resolve=True)
+    run.check_source(embed=_lasting(embed))
     plain: Callable[[Any], Any] = lambda section: OmegaConf.to_container(  # noqa: E731
         section, resolve=True, throw_on_missing=True
     )
-    benchmark = cfg.data.benchmark
+    lists, benchmark = cfg.data.lists, cfg.data.benchmark
     backbone = cfg.embed.backbone
     source_weights = plain(cfg.fit)["source_weights"] or {}
     for name, weight in source_weights.items():
@@ -121,6 +166,21 @@ def train(cfg: DictConfig) -> None:
             raise ValueError(
                 f"`source_weights` must be finite numbers from 0 on, got {weight!r} for {name}"
             )
+    fixed_weights = plain(cfg.report)["fixed_weights"]
+    if fixed_weights is not None and {"embed", "report"} <= set(cfg.stages):
+        # Before hours of work, not after them.
+        if not isinstance(fixed_weights, dict) or any(
+            not isinstance(weight, int | float) for weight in fixed_weights.values()
+        ):
+            raise ValueError(
+                f"`report.fixed_weights` must be numbers by objective, {{OBJECTIVE: 2, ...}}, got "
+                f"{fixed_weights!r}"
+            )
+        try:
+            ObjectiveSet.from_mapping(plain(cfg.data.objectives)).mix(fixed_weights)
+        except ValueError as error:
+            raise ValueError(f"`report.fixed_weights`: {error}") from None
+    decorrelation = plain(cfg.fit.decorrelation)
     tasks: dict[str, Callable[[], None]] = {
         "embed": lambda: stages.run_embed(
             run,
@@ -128,12 +188,14 @@ def train(cfg: DictConfig) -> None:
             objectives=ObjectiveSet.from_mapping(plain(cfg.data.objectives)),
             paths={
                 "ratings": plain(cfg.data.ratings)["path"],
-                "preferences": plain(cfg.data.pairs)["path"],
-                "counterfactuals": plain(benchmark)["path"],
+                "pairs": plain(cfg.data.pairs)["path"],
+                "lists": plain(lists)["path"],
+                "benchmark": plain(benchmark)["path"],
             },
             stream_ratings=_build(cfg.data.ratings),
             stream_pairs=_build(cfg.data.pairs),
-            stream_lists=_build(benchmark) if benchmark.path is not None else None,
+            stream_lists=_build(lists) if lists.path is not None else None,
+            stream_benchmark=_build(benchmark) if benchmark.path is not None else None,
             backbone=_build(backbone),
             team=_build(cfg.embed.trainer),
             backbone_id=(plain(backbone)["spec"]["id"], backbone.spec.revision),
@@ -144,6 +206,7 @@ def train(cfg: DictConfig) -> None:
         "heads": lambda: stages.run_heads(
             run,
             settings=plain(cfg.fit.heads),
+            reweighted=decorrelation["features"] if "reweight" in decorrelation["methods"] else (),
             fit=_build(cfg.fit.heads),
             source_weights=source_weights,
         ),
@@ -155,8 +218,13 @@ def train(cfg: DictConfig) -> None:
         ),
         "gating": lambda: stages.run_gating(
             run,
-            settings={"gating": plain(cfg.fit.gating), "trainer": plain(cfg.fit.trainer)},
-            fit=_build(cfg.fit.gating, trainer=_build(cfg.fit.trainer)),
+            settings={
+                "gating": {k: v for k, v in plain(cfg.fit.gating).items() if k != "progress"},
+                "trainer": plain(cfg.fit.trainer),
+            },
+            fit=_build(
+                cfg.fit.gating, trainer=_build(cfg.fit.trainer), logger=_build(cfg.fit.logger)
+            ),
             source_weights=source_weights,
         ),
         "model": lambda: stages.run_model(run, backbone=_build(backbone)),
@@ -166,11 +234,12 @@ def train(cfg: DictConfig) -> None:
         # Started by `torchrun` or SLURM beside the first process, to help with the embedding.
         if "embed" in cfg.stages:
             tasks["embed"]()
-        return
+        return None
     with exclusive(run.folder):
         for name in stages.STAGES:
             if name in cfg.stages:
                 tasks[name]()
+    return held_out_results(run.folder)["loss"] if "gating" in cfg.stages else None
 
 
 @hydra.main(**CONFIG, config_name="score")
@@ -188,6 +257,7 @@ def score(cfg: DictConfig) -> None:
     options = {
         "weights": OmegaConf.to_container(cfg.weights) if cfg.weights is not None else None,
         "scale": cfg.scale,
+        "thresholds": OmegaConf.to_container(cfg.thresholds) if cfg.thresholds else None,
     }
     mixed = [model.objectives.names[k] for k in model.objectives.mixed_indices]
     console = _console()
@@ -222,15 +292,120 @@ def verify(cfg: DictConfig) -> None:
     _console().print(f"ok: golden outputs of {cfg.model} deviate by {deviation:.1e} at most")
 
 
-VERBS = {"train": train, "score": score, "verify": verify}
+@hydra.main(**CONFIG, config_name="import")
+@_in_one_line
+def import_(cfg: DictConfig) -> None:
+    """Make a model folder of a published checkpoint."""
+    from armo.data.objectives import ObjectiveSet
+    from armo.model.armorm import import_published, save_imported
+    from armo.model.plain import refuse_existing
 
+    source = str(cfg.source)
+    output = Path(cfg.output or Path("checkpoints") / Path(source.rstrip("/")).name)
+    refuse_existing(output)
+    settings: Any = OmegaConf.to_container(cfg, throw_on_missing=True)
+    names = ("revision", "beta", "max_tokens", "max_prompt_tokens", "dtype", "device")
+    model = import_published(
+        source,
+        objectives=ObjectiveSet.from_mapping(settings["objectives"]),
+        batch_tokens=cfg.batch_tokens,
+        **{name: settings[name] for name in names},
+    )
+    save_imported(model, output, source=source)
+    console = _console()
+    console.print(f"saved {output}: {len(model.objectives.names)} objectives, from {source}")
+    console.print(f"the checkpoint stays where it is, as the backbone {model.backbone.spec.id}")
+
+
+@hydra.main(**CONFIG, config_name="export")
+@_in_one_line
+def export(cfg: DictConfig) -> None:
+    """Write a model in a format that other programs read."""
+    from armo.data.sources import load_pairs
+    from armo.model.export import FORMATS, check_format, export_model
+    from armo.model.plain import refuse_existing
+    from armo.model.reward_model import ArmoRewardModel
+    from armo.report.metrics import bootstrap_interval
+
+    check_format(cfg.format)
+    refuse_existing(Path(cfg.output))
+    weights: Any = OmegaConf.to_container(cfg.weights) if cfg.weights is not None else None
+    pairs = load_pairs(cfg.input) if cfg.input is not None else []
+    model = ArmoRewardModel.from_pretrained(
+        cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
+    )
+    report = export_model(model, cfg.output, format=cfg.format, weights=weights, pairs=pairs)
+    console = _console()
+    console.print(f"saved {report.folder}: {FORMATS[cfg.format]}")
+    console.print(
+        f"loaded again with plain Transformers: right to {report.deviation:.1e} on "
+        f"{report.checked} conversations"
+    )
+    if report.weights:
+        shown = ", ".join(f"{name} {weight:.3f}" for name, weight in report.weights.items())
+        console.print(Text(f"weights: {shown}"))
+    for sentence in report.lost:
+        console.print(Text(f"not in this format: {sentence}"))
+    cost = report.cost
+    if cost is None:
+        console.print("what it costs in accuracy was not measured: give preference pairs, `input`")
+        return
+    table = Table(title=f"Accuracy on {len(cost.own)} pairs", title_justify="left")
+    for name in ("score", "accuracy", "low", "high"):
+        table.add_column(name, justify="left" if name == "score" else "right")
+    for name, values in (
+        ("the model", cost.own),
+        ("with the gate's weights" if cfg.format == "labels" else "the export", cost.exported),
+        ("the model is ahead by", cost.own - cost.exported),
+    ):
+        interval = bootstrap_interval(values, cost.groups)
+        numbers = (interval.mean, interval.low, interval.high)
+        table.add_row(name, *(f"{number:.3f}" for number in numbers))
+    console.print(table)
+    console.print(f"{cost.reordered:.1%} of the pairs are ranked otherwise")
+
+
+VERBS = {
+    "train": train,
+    "score": score,
+    "verify": verify,
+    "import": import_,
+    "export": export,
+}
+
+# What Lightning's loggers import, any one of them.
+LOGGER_PACKAGES = {
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+    "WandbLogger": ("wandb",),
+    "MLFlowLogger": ("mlflow",),
+}
 SHOWN_ROWS = 20
 CHUNK_ROWS = 1024
+
+
+def _output_folder(cfg: DictConfig) -> Path:
+    """Return the folder of this run: `output_dir`, or in a sweep the folder of this job."""
+    context = HydraConfig.get()
+    if context.mode == RunMode.MULTIRUN:
+        return Path(context.sweep.dir) / context.sweep.subdir
+    return Path(cfg.output_dir)
 
 
 def _build(section: DictConfig, **more: Any) -> Any:
     """Make the function that a section names, its settings filled in as plain values."""
     return instantiate(section, _convert_="all", **more)
+
+
+def _check_logger(section: DictConfig) -> None:
+    """Refuse a logger whose package is missing before anything runs, not after the embedding."""
+    name = str(section._target_).rpartition(".")[2]
+    packages = LOGGER_PACKAGES.get(name, ())
+    found = [importlib.util.find_spec(package) for package in packages]
+    # Without an origin, it is a folder of that name here, as W&B makes one, and no package.
+    if packages and not any(spec is not None and spec.origin is not None for spec in found):
+        raise ModuleNotFoundError(
+            f"`fit/logger`: {name} needs a package that is missing; `pip install {packages[0]}`"
+        )
 
 
 def _lasting(embed: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +420,9 @@ def _score_rows(
     """Yield one result per row; rows are scored in chunks, so memory stays bounded."""
     from armo.embed.spec import BackboneError
 
+    columns_of = ["rewards", "gating_weights", "contributions"]
+    if model.uncertainty is not None:
+        columns_of.insert(1, "uncertainty")
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         conversations = [
@@ -265,14 +443,16 @@ def _score_rows(
             part = slice(position, position + len(row.responses))
             position += len(row.responses)
             result: dict[str, Any] = {"id": row.id, "score": _values(out.score[part])}
-            for name in ("rewards", "gating_weights", "contributions"):
+            for name in columns_of:
                 columns = [_values(column) for column in getattr(out, name)[part].T]
                 result[name] = dict(zip(out.objectives, columns, strict=True))
             result["truncated"] = out.truncated[part].tolist()
+            if options["thresholds"]:
+                result["passes"] = out.passes[part].tolist()
             if row.single:
-                result["score"] = result["score"][0]
-                result["truncated"] = result["truncated"][0]
-                for name in ("rewards", "gating_weights", "contributions"):
+                for name in {"score", "truncated", "passes"} & {*result}:
+                    result[name] = result[name][0]
+                for name in columns_of:
                     result[name] = {k: values[0] for k, values in result[name].items()}
             yield result
 
@@ -287,6 +467,8 @@ def _score_table(results: Sequence[Mapping[str, Any]], objectives: Sequence[str]
     table.add_column("id")
     for name in ("score", *objectives):
         table.add_column(name, justify="right")
+    if judged := any("passes" in result for result in results):
+        table.add_column("passes", justify="right")
     for result in results:
         single = not isinstance(result["score"], list)
         scores = [result["score"]] if single else result["score"]
@@ -295,6 +477,9 @@ def _score_table(results: Sequence[Mapping[str, Any]], objectives: Sequence[str]
             values = parts if single else [part[k] for part in parts]
             label = result["id"] if single else f"{result['id']} [{k}]"
             shown = ["skipped" if v is None else f"{v:+.3f}" for v in (value, *values)]
+            if judged:
+                passes = result["passes"] if single else result["passes"][k]
+                shown.append("yes" if passes else "no")
             table.add_row(Text(label), *shown)
     return table
 

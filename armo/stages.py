@@ -30,10 +30,17 @@ from armo.artifacts import (
 )
 from armo.data.conversation import PreferencePair, RatedResponse, ResponseList
 from armo.data.objectives import ObjectiveSet
-from armo.data.sources import Paths, data_files
+from armo.data.sources import BUILTIN_FILES, Paths, data_files
 from armo.data.surface import SURFACE_FEATURES, SURFACE_VERSION
 from armo.embed.backbone import Backbone, find_weights, weights_digest
-from armo.embed.extract import EmbeddedData, Team, embed_rows, run_team
+from armo.embed.extract import (
+    ROWS_FORMAT,
+    EmbeddedData,
+    RowTables,
+    Team,
+    embed_rows,
+    run_team,
+)
 from armo.fit.decorrelation import (
     DecorrelationSummary,
     FittedTransforms,
@@ -44,7 +51,9 @@ from armo.fit.decorrelation import (
 from armo.fit.gating import GatingNetwork
 from armo.fit.heads import FittedHeads, HeadSummary
 from armo.fit.judged import Judgements
-from armo.fit.training import GatingSummary, load_gating, save_gating
+from armo.fit.preferences import Preferences
+from armo.fit.probe import can_probe, fit_probe, load_probe, save_probe
+from armo.fit.training import CHECKPOINTS, GatingSummary, load_gating, save_gating
 from armo.model.reward_model import GOLDEN_TOLERANCE, ArmoRewardModel
 from armo.report.evaluate import Mix, Table, evaluate
 from armo.report.pages import print_tables, save_pages, to_markdown
@@ -65,16 +74,64 @@ class Run:
         seed: Of everything random.
         rank: Of this process among those that share the embedding pass; only the first does
             anything else.
+        stages: Those to run.
+        source: Folder of another run, whose results stand for the stages that are not run here.
+            Nothing is written to it.
     """
 
     folder: Path
     console: Console
     seed: int
     rank: int = 0
+    stages: tuple[str, ...] = STAGES
+    source: Path | None = None
 
     def stage_folder(self, stage: str) -> Path:
         """Return the folder of a stage."""
+        if self.source is not None and stage not in self.stages:
+            return self.source / FOLDERS[stage]
         return self.folder / FOLDERS[stage]
+
+    def check_source(self, *, embed: Any) -> None:
+        """Refuse a source that cannot stand for the stages that are not run here.
+
+        Args:
+            embed: The settings that this run would embed with.
+
+        Raises:
+            ValueError: If it is the folder of this run, or no stage needs it.
+            ArtifactError: If it lacks a stage, or a model would get another backbone than its
+                heads were fitted for.
+        """
+        if self.source is None:
+            return
+        if self.source.resolve() == self.folder.resolve():
+            raise ValueError(
+                f"`from_run` is the folder of this run, {self.source}; name another `output_dir`, "
+                "or leave `from_run` out"
+            )
+        last = max((STAGES.index(stage) for stage in self.stages), default=0)
+        needed = [stage for stage in STAGES[:last] if stage not in self.stages]
+        if not needed:
+            raise ValueError(
+                f"`from_run` is for stages that are not in `stages`, and {', '.join(self.stages)} "
+                "need no other; leave some out, as in `stages=[gating,model,report]`"
+            )
+        for stage in needed:
+            if not (self.stage_folder(stage) / MANIFEST).is_file():
+                raise ArtifactError(
+                    f"`from_run`: {self.source} has no finished `{stage}`; finish that run first, "
+                    "or add the stage to `stages`"
+                )
+        if "model" in self.stages and "embed" in needed:
+            made_with = read_json(self.stage_folder("embed") / MANIFEST)["settings"]["embed"]
+            if digest_json(made_with) != digest_json(embed):
+                raise ArtifactError(
+                    f"`from_run`: {self.source} was embedded with other settings than those of "
+                    "`embed` here; give the `embed` overrides of that run"
+                )
+        if self.rank == 0:
+            self.console.print(f"from {self.source}: {', '.join(needed)}")
 
     def key_of(self, stage: str) -> str:
         """Return the key of a finished stage.
@@ -94,9 +151,12 @@ class Run:
             if stale := [
                 name for name in STAGES if made_from.get(name) not in (None, inputs.get(name))
             ]:
+                remedy = f"run `armo train stages=[{stage}]` again first, or all stages"
+                if self.source is not None and stage not in self.stages:
+                    remedy = f"add {stage} to `stages`, and what comes after it"
                 raise ArtifactError(
                     f"{self.stage_folder(stage)} was made from another `{stale[0]}` than is there "
-                    f"now; run `armo train stages=[{stage}]` again first, or all stages"
+                    f"now; {remedy}"
                 )
 
     def do(
@@ -162,6 +222,7 @@ def run_embed(
     stream_ratings: Callable[..., Iterator[RatedResponse]],
     stream_pairs: Callable[..., Iterator[PreferencePair]],
     stream_lists: Callable[..., Iterator[ResponseList]] | None,
+    stream_benchmark: Callable[..., Iterator[ResponseList]] | None,
     backbone: Callable[..., Backbone],
     backbone_id: tuple[str, str | None],
     team: Team,
@@ -175,10 +236,12 @@ def run_embed(
         run: The run.
         settings: The `data` and `embed` sections of the configuration.
         objectives: The declared objectives.
-        paths: Data files by kind, to notice when they change.
+        paths: Data files of `ratings`, `pairs`, `lists` and `benchmark`, to notice when they
+            change.
         stream_ratings: Reads the rated responses, given `objectives`.
         stream_pairs: Reads the preference pairs, given `objectives`.
-        stream_lists: Reads response lists for evaluation, if there are any.
+        stream_lists: Reads response lists to train on, if there are any.
+        stream_benchmark: Reads response lists for the report, if there are any.
         backbone: Loads the backbone, given `device`.
         backbone_id: Its id and revision, to notice when its weights change.
         team: Processes that share the work.
@@ -190,11 +253,12 @@ def run_embed(
         str(file): digest_file(file)
         for kind, path in paths.items()
         if path is not None
-        for file in data_files(path, builtin_file=f"{kind}.jsonl.gz")
+        for file in data_files(path, builtin_file=BUILTIN_FILES[kind])
     }
     folder, revision = backbone_id
     inputs["backbone"] = weights_digest(find_weights(folder, revision=revision))
     inputs["covariates"] = digest_json([SURFACE_FEATURES, SURFACE_VERSION])
+    inputs["rows"] = digest_json(ROWS_FORMAT)
 
     def work(folder: Path) -> None:
         embed_rows(
@@ -203,7 +267,8 @@ def run_embed(
             objectives=objectives,
             ratings=stream_ratings(objectives=objectives),
             pairs=stream_pairs(objectives=objectives),
-            lists=_two_right(stream_lists()) if stream_lists is not None else (),
+            lists=stream_lists() if stream_lists is not None else (),
+            benchmark=_two_right(stream_benchmark()) if stream_benchmark is not None else (),
             test_fraction=test_fraction,
             min_ratings=min_ratings,
             shard_rows=shard_rows,
@@ -221,13 +286,13 @@ def _two_right(rows: Iterable[ResponseList]) -> Iterator[ResponseList]:
     """Keep what the report knows of lists: counterfactual pairs, two responses, both right."""
     left_out = 0
     for row in rows:
-        if len(row.responses) == 2 and sorted(row.correct) == [0, 1]:
+        if len(row.responses) == 2 and sorted(row.correct or ()) == [0, 1]:
             yield row
         else:
             left_out += 1
     if left_out:
         logger.info(
-            "%d response lists are not used: not two responses that are both correct", left_out
+            "%d benchmark lists are not used: not two responses that are both correct", left_out
         )
 
 
@@ -237,8 +302,17 @@ def run_heads(
     settings: Any,
     fit: Callable[..., FittedHeads],
     source_weights: Mapping[str, float],
+    reweighted: Sequence[str] = (),
 ) -> None:
-    """Fit the objective heads on the training ratings and judgements."""
+    """Fit the objective heads on the training ratings and judgements.
+
+    Args:
+        run: The run.
+        settings: Those of the fit.
+        fit: Fits the heads.
+        source_weights: How much the rows of a source count.
+        reweighted: Surface features that are not to tell which response was judged better.
+    """
     inputs = {"embed": run.key_of("embed")}
 
     def work(folder: Path) -> None:
@@ -246,17 +320,13 @@ def run_heads(
         tables = data.tables
         train = tables.ratings_train
         rows = tables.ratings_response[train]
-        weights = row_weights(data, tables.pairs_weight, tables.pairs_source, source_weights)
-        judged = ~tables.pairs_judgements.isnan().all(1) & tables.pairs_train & (weights > 0.0)
-        chosen = tables.pairs_chosen[judged]
-        judgements = Judgements(
-            chosen,
-            tables.pairs_rejected[judged],
-            tables.pairs_judgements[judged],
-            tables.group_of_response[chosen],
-            weights[judged],
+        judgements = training_judgements(data, reweighted=reweighted, source_weights=source_weights)
+        others = torch.cat(
+            [
+                tables.pairs_chosen[tables.pairs_train],
+                tables.lists_response[tables.lists_train[tables.lists_of]],
+            ]
         )
-        others = tables.pairs_chosen[tables.pairs_train & ~judged]
         fitted = fit(
             data.responses,
             rows,
@@ -274,8 +344,32 @@ def run_heads(
         fitted.save(folder)
         print_tables([heads_table(fitted.summaries)], run.console)
 
-    whole = [settings, run.seed, dict(source_weights)]
+    whole = [settings, run.seed, dict(source_weights), list(reweighted)]
     run.do("heads", settings=whole, inputs=inputs, work=work)
+
+
+def training_judgements(
+    data: EmbeddedData, *, reweighted: Sequence[str], source_weights: Mapping[str, float]
+) -> Judgements:
+    """Return the judgements of the training pairs, a row for each pair and objective."""
+    tables = data.tables
+    weights = row_weights(data, tables.pairs_weight, tables.pairs_source, source_weights)
+    known = ~tables.pairs_judgements.isnan()
+    known &= (tables.pairs_train & (weights > 0.0))[:, None]
+    objective, pair = known.T.nonzero().T
+    judged = torch.full((len(pair), known.shape[1]), torch.nan, dtype=torch.float64)
+    judged[torch.arange(len(pair)), objective] = tables.pairs_judgements[pair, objective].double()
+    weights = weights[pair]
+    chosen, rejected = tables.pairs_chosen[pair], tables.pairs_rejected[pair]
+    if reweighted:
+        side = (tables.pairs_judgements[pair, objective] - 0.5).sign().double()
+        style = data.style(chosen, reweighted) - data.style(rejected, reweighted)
+        for k in objective.unique().tolist():
+            decided = (objective == k) & (side != 0.0)
+            if bool(decided.any()):
+                better = side[decided, None] * style[decided]
+                weights[decided] *= style_weights(better, weights[decided])
+    return Judgements(chosen, rejected, judged, tables.group_of_response[chosen], weights)
 
 
 def run_decorrelation(
@@ -285,7 +379,7 @@ def run_decorrelation(
     fit: Callable[..., FittedTransforms],
     source_weights: Mapping[str, float],
 ) -> None:
-    """Fit the reward transform on the responses of the training pairs."""
+    """Fit the reward transform on the responses of the training pairs and lists."""
     inputs = {stage: run.key_of(stage) for stage in ("embed", "heads")}
 
     def work(folder: Path) -> None:
@@ -294,7 +388,15 @@ def run_decorrelation(
         tables = data.tables
         weights = row_weights(data, tables.pairs_weight, tables.pairs_source, source_weights)
         train = tables.pairs_train & (weights > 0.0)
-        reference = torch.cat([tables.pairs_chosen[train], tables.pairs_rejected[train]]).unique()
+        of_lists = row_weights(data, tables.lists_weight, tables.lists_source, source_weights)
+        listed = (tables.lists_train & (of_lists > 0.0))[tables.lists_of]
+        reference = torch.cat(
+            [
+                tables.pairs_chosen[train],
+                tables.pairs_rejected[train],
+                tables.lists_response[listed],
+            ]
+        ).unique()
         embeddings = data.responses.read(reference)
         shared = {
             "covariates": tables.covariates[reference],
@@ -324,6 +426,7 @@ def run_gating(
     def work(folder: Path) -> None:
         data = EmbeddedData.load(run.stage_folder("embed"))
         heads = FittedHeads.load(run.stage_folder("heads"))
+        _keep_unfinished_trainings(folder)
         summaries = {}
         for name, decorrelated, what in (
             ("gate", True, "the gate"),
@@ -343,10 +446,23 @@ def run_gating(
                 source_weights=source_weights,
             )
             save_gating(folder, name, gate, summaries[name])
+            judgements = probe_judgements(data, transforms, source_weights=source_weights)
+            if can_probe(judgements, heads):
+                run.console.print("fitting a linear probe, for the report to compare")
+                save_probe(folder, name, fit_probe(data, heads, transforms, judgements))
         print_tables([gating_table(summaries["gate"])], run.console)
 
     whole = [settings, run.seed, dict(source_weights)]
-    run.do("gating", settings=whole, inputs=inputs, work=work)
+    run.do("gating", settings=whole, inputs=inputs, work=work, fresh=False)
+
+
+def _keep_unfinished_trainings(folder: Path) -> None:
+    """Empty a folder but for trainings with a checkpoint, which go on if theirs is the same."""
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            path.unlink()
+        elif path.is_dir() and not (path / CHECKPOINTS).is_dir():
+            shutil.rmtree(path)
 
 
 def run_model(run: Run, *, backbone: Callable[[], Backbone]) -> None:
@@ -365,6 +481,7 @@ def run_model(run: Run, *, backbone: Callable[[], Backbone]) -> None:
             transform=transforms.transform,
             gate=gate,
             beta=summary.beta,
+            uncertainty=heads.uncertainty,
         )
         golden = [
             [*example["prompt"], {"role": "assistant", "content": response}]
@@ -384,7 +501,13 @@ def run_model(run: Run, *, backbone: Callable[[], Backbone]) -> None:
     run.do("model", settings=None, inputs=inputs, work=work)
 
 
-def run_report(run: Run, *, settings: Any, device: str = "auto") -> None:
+def run_report(
+    run: Run,
+    *,
+    settings: Any,
+    device: str = "auto",
+    fixed_weights: Mapping[str, float] | None = None,
+) -> None:
     """Evaluate the saved model on the test side, and write the report."""
     inputs = {stage: run.key_of(stage) for stage in STAGES[:5]}
 
@@ -393,10 +516,12 @@ def run_report(run: Run, *, settings: Any, device: str = "auto") -> None:
         model = ArmoRewardModel.from_pretrained(run.stage_folder("model"), device=device)
         heads = FittedHeads.load(run.stage_folder("heads"))
         gating, decorrelation = run.stage_folder("gating"), run.stage_folder("decorrelation")
-        gate, summary = load_gating(gating, "gate")
-        plain_gate, plain_summary = load_gating(gating, "undecorrelated")
-        plain = load_transforms(decorrelation, decorrelated=False).transform
-        constant = [summary.constant_weights[name] for name in data.objectives.names]
+        mixes = {}
+        for name, decorrelated in (("gate", True), ("undecorrelated", False)):
+            transforms = load_transforms(decorrelation, decorrelated=decorrelated)
+            gate, summary = load_gating(gating, name)
+            probe = load_probe(gating, name, covariates=transforms.transform.covariates)
+            mixes[name] = Mix(transforms.transform, gate, summary, probe)
         deviation = text_deviation(model, data)
         if deviation > GOLDEN_TOLERANCE[model.backbone.spec.dtype]:
             raise ArtifactError(
@@ -406,9 +531,9 @@ def run_report(run: Run, *, settings: Any, device: str = "auto") -> None:
         evaluation = evaluate(
             data,
             heads=heads,
-            mix=Mix(load_transforms(decorrelation).transform, gate, summary.beta),
-            undecorrelated=Mix(plain, plain_gate, plain_summary.beta),
-            constant_weights=torch.tensor(constant, dtype=torch.float64),
+            mix=mixes["gate"],
+            undecorrelated=mixes["undecorrelated"],
+            fixed_weights=fixed_weights,
             deviation=deviation,
             seed=run.seed,
         )
@@ -448,56 +573,141 @@ def train_gate(
     source_weights: Mapping[str, float] | None = None,
 ) -> tuple[GatingNetwork, GatingSummary]:
     """Train a gate on the training pairs, as the methods of decorrelation ask for."""
-    tables = data.tables
-    train = tables.pairs_train.nonzero()[:, 0]
-    weights = row_weights(
-        data, tables.pairs_weight[train], tables.pairs_source[train], source_weights or {}
-    )
-    train, weights = train[weights > 0.0], weights[weights > 0.0]
-    if not len(train):
-        raise ValueError(
-            "no training pair has a weight above zero; see `weight` of the preference rows and "
-            "`fit.source_weights`"
-        )
-    chosen, rejected = tables.pairs_chosen[train], tables.pairs_rejected[train]
-    features = transforms.features
-    style = data.style(chosen, features) - data.style(rejected, features)
-    nuisance = "nuisance" in transforms.methods
-    if "reweight" in transforms.methods:
-        weights = weights * style_weights(style, weights)
+    preferences = training_preferences(data, heads, transforms, source_weights=source_weights or {})
     return fit(
-        data.prompt_embeddings(chosen),
-        out_of_fold_differences(data, heads, transforms, chosen=chosen, rejected=rejected),
-        tables.group_of_response[chosen],
+        preferences,
         objectives=data.objectives.names,
         mixed=data.objectives.mixed_indices,
-        nuisance=style if nuisance else None,
-        nuisance_names=features if nuisance else (),
-        weights=weights,
+        nuisance="nuisance" in transforms.methods,
+        style_names=transforms.features,
         folder=folder,
         seed=seed,
     )
 
 
-def out_of_fold_differences(
+def training_pairs(
+    data: EmbeddedData, transforms: FittedTransforms, *, source_weights: Mapping[str, float]
+) -> tuple[Int[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+    """Return the numbers of the training pairs, and how much each counts."""
+    tables = data.tables
+    weights = row_weights(data, tables.pairs_weight, tables.pairs_source, source_weights)
+    train = (tables.pairs_train & (weights > 0.0)).nonzero()[:, 0]
+    weights = weights[train]
+    if "reweight" in transforms.methods:
+        decided = tables.pairs_preference[train] > 0.5
+        chosen, rejected = tables.pairs_chosen[train], tables.pairs_rejected[train]
+        style = data.style(chosen, transforms.features) - data.style(rejected, transforms.features)
+        weights[decided] *= style_weights(style[decided], weights[decided])
+    return train, weights
+
+
+def probe_judgements(
+    data: EmbeddedData, transforms: FittedTransforms, *, source_weights: Mapping[str, float]
+) -> Judgements:
+    """Return the training pairs as judgements of a single objective, preference itself."""
+    tables = data.tables
+    train, weights = training_pairs(data, transforms, source_weights=source_weights)
+    chosen = tables.pairs_chosen[train]
+    return Judgements(
+        chosen,
+        tables.pairs_rejected[train],
+        tables.pairs_preference[train].double()[:, None],
+        tables.group_of_response[chosen],
+        weights,
+    )
+
+
+def training_preferences(
     data: EmbeddedData,
     heads: FittedHeads,
     transforms: FittedTransforms,
     *,
-    chosen: Tensor,
-    rejected: Tensor,
-) -> Float[Tensor, "pairs objectives"]:
-    """Adjusted rewards, chosen minus rejected, of heads that never saw the pair's prompt."""
-    folds = heads.fold_of_group[data.tables.group_of_response[chosen]]
-    differences = torch.empty(len(chosen), len(data.objectives.names), dtype=torch.float64)
+    source_weights: Mapping[str, float],
+) -> Preferences:
+    """Gather the pairs and lists of the training side, their rewards out of fold.
+
+    Raises:
+        ValueError: If none has a weight above zero.
+    """
+    tables = data.tables
+    train, weights = training_pairs(data, transforms, source_weights=source_weights)
+    pairs = torch.stack([tables.pairs_chosen[train], tables.pairs_rejected[train]], dim=1)
+    votes = tables.pairs_preference[train].double()
+    of_lists = row_weights(data, tables.lists_weight, tables.lists_source, source_weights)
+    listed = (tables.lists_train & (of_lists > 0.0)).nonzero()[:, 0]
+    lists, ranks = _padded_lists(tables, listed)
+    if not len(pairs) + len(lists):
+        raise ValueError(
+            "no training pair or list has a weight above zero; see `weight` of the rows and "
+            "`fit.source_weights`"
+        )
+    longest = max(2, lists.shape[1])
+    rows = torch.cat([_widened(pairs, longest, -1), _widened(lists, longest, -1)])
+    order = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(len(pairs), 2)
+    # Each response once, whatever it is compared with.
+    used, responses = rows.unique(return_inverse=True)
+    padding = int(used[0] < 0)
+    prompts, prompt_of = tables.prompt_of_response[rows[:, 0]].unique(return_inverse=True)
+    none = torch.zeros(len(lists), dtype=torch.float64)
+    return Preferences(
+        prompts=data.prompts.read(prompts),
+        adjusted=out_of_fold_rewards(data, heads, transforms, used[padding:]),
+        style=data.style(used[padding:], transforms.features),
+        prompt_of=prompt_of,
+        responses=responses - padding,
+        ranks=torch.cat([_widened(order, longest, torch.nan), _widened(ranks, longest, torch.nan)]),
+        groups=tables.group_of_response[rows[:, 0]],
+        weights=torch.cat([weights, of_lists[listed]]),
+        strengths=torch.cat([_strengths(tables, train), none + torch.nan]),
+        margins=torch.zeros(len(rows), dtype=torch.float64),
+        flipped=torch.cat([1.0 - votes, none]),
+        folds=torch.zeros(len(rows), dtype=torch.int64),
+    )
+
+
+def _padded_lists(
+    tables: RowTables, listed: Int[Tensor, " lists"]
+) -> tuple[Int[Tensor, "lists longest"], Float[Tensor, "lists longest"]]:
+    """Responses and ranks of some lists, padded with -1 and NaN."""
+    counts = torch.bincount(tables.lists_of, minlength=len(tables.lists_weight))
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(len(tables.lists_of)) - starts[tables.lists_of]
+    shape = len(counts), int(counts.max()) if len(counts) else 0
+    responses = torch.full(shape, -1)
+    ranks = torch.full(shape, torch.nan, dtype=torch.float64)
+    responses[tables.lists_of, place] = tables.lists_response
+    ranks[tables.lists_of, place] = tables.lists_rank.double()
+    longest = int(counts[listed].max()) if len(listed) else 0
+    return responses[listed, :longest], ranks[listed, :longest]
+
+
+def _widened(values: Tensor, width: int, padding: float) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=padding)
+
+
+def _strengths(tables: RowTables, pairs: Int[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+    """Margins as multiples of their source's mean: each source has a scale of its own."""
+    margins, sources = tables.pairs_margin[pairs].double(), tables.pairs_source[pairs]
+    known = ~margins.isnan()
+    count = int(sources.max()) + 1 if len(sources) else 0
+    sums = torch.zeros(count, 2, dtype=torch.float64)
+    both = torch.stack([margins[known], torch.ones_like(margins[known])], dim=1)
+    sums.index_add_(0, sources[known], both)
+    mean = sums[:, 0] / sums[:, 1]
+    return torch.where(mean[sources] > 0.0, margins / mean[sources], torch.nan)
+
+
+def out_of_fold_rewards(
+    data: EmbeddedData, heads: FittedHeads, transforms: FittedTransforms, rows: Tensor
+) -> Float[Tensor, "responses objectives"]:
+    """Adjusted rewards of responses, of heads that never saw their prompts."""
+    folds = heads.fold_of_group[data.tables.group_of_response[rows]]
+    rewards = torch.empty(len(rows), len(data.objectives.names), dtype=torch.float64)
     for fold, transform in enumerate(transforms.without_fold):
         here = (folds == fold).nonzero()[:, 0]
-        first, second = (
-            transform.adjusted(data.responses.read(rows), data.style(rows, transform.covariates))
-            for rows in (chosen[here], rejected[here])
-        )
-        differences[here] = first - second
-    return differences
+        style = data.style(rows[here], transform.covariates)
+        rewards[here] = transform.adjusted(data.responses.read(rows[here]), style)
+    return rewards
 
 
 def text_deviation(model: ArmoRewardModel, data: EmbeddedData) -> float:
@@ -558,12 +768,13 @@ def decorrelation_table(summaries: Sequence[DecorrelationSummary]) -> Table:
         "Decorrelation",
         ("objective", "from", "penalty", "Spearman before", "Spearman after", "spread kept"),
         tuple(rows) or (("(nothing to decorrelate)", "", None, None, None, None),),
-        "Reference responses: those of the training pairs.",
+        "Reference responses: those of the training pairs and lists.",
     )
 
 
 def gating_table(summary: GatingSummary) -> Table:
-    """Show how the gate compares with the constant mix it started from."""
+    """Show how the gate compares with the best constant mix."""
+    loss, accuracy = summary.loss_gain, summary.accuracy_gain
     return Table(
         "gating",
         "Gate",
@@ -571,9 +782,14 @@ def gating_table(summary: GatingSummary) -> Table:
         (
             ("best constant", summary.constant_loss, summary.constant_accuracy),
             ("gate", summary.loss, summary.accuracy),
+            ("gate is ahead by", loss.mean, accuracy.mean),
+            ("from", loss.low, accuracy.low),
+            ("to", loss.high, accuracy.high),
         ),
-        f"{summary.held_out_pairs} pairs on held-out training prompts; best epoch "
-        f"{summary.epochs}, 0 being the constant mix itself; beta {summary.beta:.3g}.",
+        f"{summary.verdict} {summary.comparisons} pairs and lists of training prompts, each judged "
+        f"by a member that was not trained on it; best epochs "
+        f"{', '.join(map(str, summary.epochs))}, 0 being the constant mix itself; beta "
+        f"{summary.beta:.3g}; 95 % intervals.",
     )
 
 
@@ -596,7 +812,13 @@ def _data_table(data: EmbeddedData) -> Table:
         for name, train, test in (
             ("rated responses", tables.ratings_train, tables.ratings_test),
             ("preference pairs", tables.pairs_train, tables.pairs_test),
-            ("response lists", torch.zeros_like(tables.lists_test), tables.lists_test),
+            *(
+                (name, tables.lists_train[kind], tables.lists_test[kind])
+                for name, kind in (
+                    ("response lists", ~tables.lists_benchmark),
+                    ("benchmark lists", tables.lists_benchmark),
+                )
+            ),
         )
     ]
     return Table(

@@ -11,9 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
 from conftest import conversation, make_model
+from omegaconf import OmegaConf
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from armo import cli
@@ -125,7 +128,14 @@ def test_the_version_is_printed():
 
 
 @pytest.mark.parametrize(
-    ("verb", "setting"), [("train", "stages"), ("score", "input"), ("verify", "batch_tokens")]
+    ("verb", "setting"),
+    [
+        ("train", "stages"),
+        ("score", "input"),
+        ("verify", "batch_tokens"),
+        ("import", "source"),
+        ("export", "format"),
+    ],
 )
 def test_each_verb_has_help_that_shows_its_settings(verb, setting):
     status, out, _ = run(verb, "--help")
@@ -200,6 +210,40 @@ def test_score_takes_weights_and_a_scale(scored, saved, rows_file, tmp_path):
     assert [*result["gating_weights"].values()] == pytest.approx([0, 0.75, 0.25, 0, 0])
     assert result["rewards"]["honesty"] == pytest.approx(1 + 4 * unit["honesty"], abs=1e-4)
     assert result["rewards"]["harm"] == pytest.approx(10 - 10 * unit["harm"], abs=1e-4)
+
+
+def test_score_says_which_responses_pass_the_thresholds(scored, saved, rows_file, tmp_path):
+    before = [json.loads(line) for line in scored[1]]
+    assert all("passes" not in row for row in before)
+    values = [
+        value
+        for row in before
+        for value in (
+            row["rewards"]["harm"]
+            if isinstance(row["rewards"]["harm"], list)
+            else [row["rewards"]["harm"]]
+        )
+    ]
+    limit = sorted(values)[len(values) // 2]
+    status, out, err = run(
+        *("score", f"model={saved}", f"input={rows_file}", "output=scores.jsonl", "device=cpu"),
+        f"thresholds={{harm: {limit - 1e-6}}}",
+    )
+    assert status == 0, err
+    assert "passes" in out
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    for row in rows:
+        rewards = row["rewards"]["harm"]
+        single = not isinstance(rewards, list)
+        expected = [r >= limit - 1e-6 for r in ([rewards] if single else rewards)]
+        assert row["passes"] == (expected[0] if single else expected)
+    passed = [
+        p for row in rows for p in ([row["passes"]] if row["passes"] in (0, 1) else row["passes"])
+    ]
+    assert {True, False} == set(passed)
+    assert "Unknown objective 'charm'" in error_of(
+        *("score", f"model={saved}", f"input={rows_file}", "device=cpu", "thresholds={charm: 1}")
+    )
 
 
 LONG = "It warns of risks. " * 60
@@ -343,9 +387,11 @@ def test_verify_passes_on_a_good_model_and_fails_on_a_changed_one(saved, tmp_pat
     changed.mkdir()
     for file in saved.iterdir():
         (changed / file.name).write_bytes(file.read_bytes())
+    with safe_open(saved / "model.safetensors", framework="pt") as opened:
+        header = opened.metadata()
     tensors = load_file(saved / "model.safetensors")
     tensors["head_intercepts"] += 1.0
-    save_file(tensors, changed / "model.safetensors")
+    save_file(tensors, changed / "model.safetensors", metadata=header)
     assert "golden outputs deviate by 1" in error_of("verify", f"model={changed}", "device=cpu")
     del tensors["adjusted_offset"]
     save_file(tensors, changed / "model.safetensors")
@@ -419,10 +465,25 @@ def test_each_option_binds_to_the_signature_of_its_target(section):
     )
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     # Lightning's trainer takes named arguments alone as well: nothing may swallow a misspelling.
+    if module == "lightning.pytorch.loggers" and inspect.Parameter.VAR_KEYWORD in kinds:
+        return  # what it does not know goes on to the package of another project
     assert inspect.Parameter.VAR_KEYWORD not in kinds
     assert set(bound.arguments) == set(settings)
     with pytest.raises(TypeError, match="no_such_setting"):
         signature.bind_partial(no_such_setting=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "keep"), [("auto", "auto"), ("mlp", "gate"), ("constant", "constant")]
+)
+def test_the_options_of_the_gate_differ_in_what_is_kept_alone(option, keep):
+    with hydra.initialize_config_module("armo.conf", version_base="1.3"):
+        default, chosen = (
+            OmegaConf.to_container(hydra.compose("train", overrides).fit.gating)
+            for overrides in ([], [f"fit/gating={option}"])
+        )
+    assert chosen == {**default, "keep": keep}
+    assert default["keep"] == "auto"
 
 
 def test_every_layer_of_the_configuration_has_an_option_that_binds():

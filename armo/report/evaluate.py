@@ -1,22 +1,23 @@
 """Evaluation on held-out prompts: by objective, against rivals, by kind, and for style."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from armo.data.objectives import ObjectiveSet
 from armo.data.surface import FORMAT_FEATURES
 from armo.embed.extract import EmbeddedData
 from armo.fit.decorrelation import RewardTransform, style_logits
-from armo.fit.gating import GatingNetwork
+from armo.fit.gating import GatingNetwork, diagnose
 from armo.fit.heads import FittedHeads
+from armo.fit.preferences import ranked_right
+from armo.fit.training import GatingSummary
 from armo.report.metrics import (
     Interval,
     bootstrap_contrasts,
@@ -39,6 +40,9 @@ MARKS = (
     "emoji",
 )
 """Surface features whose sum says which of two responses is more formatted."""
+
+GATED = "gated score"
+"""What the model gives, by whatever weights it was decided to keep."""
 
 DECIDED = 0.6
 """Preference probability from which style counts as deciding a counterfactual pair."""
@@ -79,11 +83,19 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Mix:
-    """A transform with a gate and its scale: one way to make a score from embeddings."""
+    """One way to make a score from embeddings, with its rivals from the same preferences.
+
+    Attributes:
+        transform: To adjusted rewards.
+        gate: What mixes them.
+        summary: How it was trained.
+        probe: The linear probe; None without training pairs.
+    """
 
     transform: RewardTransform
     gate: GatingNetwork
-    beta: float
+    summary: GatingSummary
+    probe: RewardTransform | None = None
 
     @torch.no_grad()
     def weights(self, prompts: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch objectives"]:
@@ -98,8 +110,8 @@ def evaluate(
     heads: FittedHeads,
     mix: Mix,
     undecorrelated: Mix,
-    constant_weights: Float[Tensor, " objectives"],
     deviation: float,
+    fixed_weights: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Evaluate a model on the test side of its data.
@@ -109,8 +121,8 @@ def evaluate(
         heads: The objective heads.
         mix: The model's transform and gate.
         undecorrelated: The same fitted without decorrelation, to compare with.
-        constant_weights: The best constant mix of the training pairs.
         deviation: Largest difference between scores from text and from stored embeddings.
+        fixed_weights: The user's own weights, as one more rival.
         seed: Of the bootstrap.
     """
     after, before = _Scored(data, mix), _Scored(data, undecorrelated)
@@ -118,15 +130,19 @@ def evaluate(
     judgements = data.tables.pairs_judgements[data.tables.pairs_test]
     if bool(((judgements - 0.5).abs() > 0.0).any()):  # neither missing nor all ties
         tables.append(_judgement_table(data, heads, seed=seed))
-    if bool(data.tables.pairs_test.any()):
+    if len(_ordered_pairs(data)):
         tables += [
-            _rival_table(data, after, before, constant_weights, seed=seed),
-            _category_table(data, after, constant_weights, seed=seed),
+            _rival_table(data, after, before, fixed_weights, seed=seed),
+            *_weight_tables(data, after),
+            _category_table(data, after, seed=seed),
             _quarter_table(data, after, before, seed=seed),
             _style_table(data, after, before),
         ]
         if pairs := _counterfactual_pairs(data):
             tables.append(_counterfactual_table(data, after, before, pairs))
+    tested = data.tables.lists_test & ~data.tables.lists_benchmark
+    if bool(tested.any()):
+        tables.append(_list_table(data, after, tested, seed=seed))
     tables.append(
         Table(
             "applied",
@@ -143,15 +159,20 @@ class _Scored:
 
     def __init__(self, data: EmbeddedData, mix: Mix) -> None:
         count = data.responses.rows
+        self.mix, self.summary = mix, mix.summary
         self.adjusted = torch.empty(count, len(data.objectives.names), dtype=torch.float64)
+        self.probe = None if mix.probe is None else torch.empty(count, dtype=torch.float64)
         for rows, embeddings in data.responses.batches(torch.arange(count)):
             style = data.style(rows, mix.transform.covariates)
             self.adjusted[rows] = mix.transform.adjusted(embeddings, style)
+            if mix.probe is not None and self.probe is not None:
+                self.probe[rows] = mix.probe.adjusted(embeddings, style)[:, 0]
         prompts = data.prompts.read(torch.arange(data.prompts.rows))
         self.prompt_weights = mix.weights(prompts).double()
         self.weights = self.prompt_weights[data.tables.prompt_of_response]
         self.score = (self.weights * self.adjusted).sum(1)
-        self.beta = mix.beta
+        constant = [mix.summary.constant_weights[name] for name in data.objectives.names]
+        self.constant = self.adjusted @ torch.tensor(constant, dtype=torch.float64)
 
 
 def _objective_tables(data: EmbeddedData, fitted: FittedHeads, *, seed: int) -> list[Table]:
@@ -307,19 +328,25 @@ def _style_ridge(
     return torch.from_numpy(model.predict(test.double().numpy()))
 
 
+def _ordered_pairs(data: EmbeddedData) -> Int[Tensor, " pairs"]:
+    """Return the test pairs of which one response is the better one, not ties."""
+    tables = data.tables
+    return (tables.pairs_test & (tables.pairs_preference > 0.5)).nonzero()[:, 0]
+
+
 def _rival_table(
     data: EmbeddedData,
     after: _Scored,
     before: _Scored,
-    constant_weights: Float[Tensor, " objectives"],
+    fixed_weights: Mapping[str, float] | None,
     *,
     seed: int,
 ) -> Table:
     tables = data.tables
-    test = tables.pairs_test.nonzero()[:, 0]
-    train = tables.pairs_train.nonzero()[:, 0]
+    test = _ordered_pairs(data)
+    train = (tables.pairs_train & (tables.pairs_preference > 0.5)).nonzero()[:, 0]
     chosen, rejected = tables.pairs_chosen, tables.pairs_rejected
-    uniform = _uniform(data.objectives)
+    objectives, single = data.objectives, after.summary.best_single
     formats = [data.covariates.index(name) for name in FORMAT_FEATURES]
     length = [data.covariates.index("log_length")]
 
@@ -328,53 +355,163 @@ def _rival_table(
         differences = covariates[chosen] - covariates[rejected]
         return style_logits(differences[train], differences[test])
 
-    def difference(scores: Float[Tensor, " responses"]) -> Float[Tensor, " test"]:
-        return scores[chosen[test]] - scores[rejected[test]]
+    def mixed(weights: Mapping[str, float]) -> Float[Tensor, " responses"]:
+        return after.adjusted @ torch.tensor(objectives.mix(weights), dtype=torch.float64)
 
-    rivals = {
-        "gated score": difference(after.score),
-        "best constant mix": difference(after.adjusted @ constant_weights),
-        "uniform mix": difference(after.adjusted @ uniform),
-        "gated score, not decorrelated": difference(before.score),
+    scores = {
+        GATED: after.score,
+        "best constant mix": after.constant,
+        "uniform mix": mixed({objectives.names[k]: 1.0 for k in objectives.mixed_indices}),
+        **({"fixed weights": mixed(fixed_weights)} if fixed_weights else {}),
+        f"{single} alone": after.adjusted[:, objectives.index(single)],
+        **({} if after.probe is None else {"linear probe": after.probe}),
+        f"{GATED}, not decorrelated": before.score,
+        **({} if before.probe is None else {"linear probe, not decorrelated": before.probe}),
+    }
+    rivals = {name: score[chosen[test]] - score[rejected[test]] for name, score in scores.items()}
+    rivals |= {
         "length only": style(length),
         "format only": style(formats),
         "length and format": style([*length, *formats]),
     }
     groups = tables.group_of_response[chosen[test]]
-    own = pairwise_accuracy(rivals["gated score"])
-    rows = []
+    own = pairwise_accuracy(rivals[GATED])
+    rows, gains = [], {}
     for name, differences in rivals.items():
         credit = pairwise_accuracy(differences)
         interval = bootstrap_interval(credit, groups, seed=seed)
-        gain = bootstrap_interval(own - credit, groups, seed=seed)
-        rows.append(
-            (name, *_spread(interval), *(_spread(gain) if name != "gated score" else _NONE))
-        )
+        gains[name] = bootstrap_interval(own - credit, groups, seed=seed)
+        rows.append((name, *_spread(interval), *(_spread(gains[name]) if name != GATED else _NONE)))
     return Table(
         "rivals",
         "Which of two responses is preferred: accuracy",
         ("score", "accuracy", "low", "high", "gate is ahead by", "from", "to"),
         tuple(rows),
         f"{len(test)} test pairs on {len(groups.unique())} prompts; 95 % bootstrap intervals over "
-        f"prompts, paired for the difference; a tie counts half.",
+        f"prompts, paired for the difference; a tie counts half. "
+        f"{_verdict(after.summary, gains['best constant mix'])}",
     )
 
 
-def _category_table(
-    data: EmbeddedData,
-    scored: _Scored,
-    constant_weights: Float[Tensor, " objectives"],
-    *,
-    seed: int,
-) -> Table:
+def _verdict(summary: GatingSummary, gain: Interval) -> str:
+    """Say plainly whether the gate is worth having on the test pairs."""
+    if summary.kept == "constant":
+        return f"In training: {summary.verdict}"
+    shown = "is ahead of" if gain.low > 0.0 else "is NOT shown to be ahead of"
+    return f"The gate {shown} the best constant mix here. In training: {summary.verdict}"
+
+
+def _weight_tables(data: EmbeddedData, scored: _Scored) -> list[Table]:
+    """What the gate does with the prompts of the test pairs."""
     tables = data.tables
-    test = tables.pairs_test.nonzero()[:, 0]
+    test = _ordered_pairs(data)
+    chosen, rejected = tables.pairs_chosen[test], tables.pairs_rejected[test]
+    prompts, prompt_of = tables.prompt_of_response[chosen].unique(return_inverse=True)
+    found = diagnose(
+        scored.mix.gate,
+        data.prompts.read(prompts),
+        prompt_of=prompt_of,
+        differences=scored.adjusted[chosen] - scored.adjusted[rejected],
+        objectives=data.objectives.names,
+    )
+    constant = scored.summary.constant_weights
+    order = sorted(found.mean, key=lambda name: -found.mean[name])
+    note = f"{len(prompts)} prompts of the test pairs."
+    return [
+        Table(
+            "weights",
+            "Gating weights by objective",
+            ("objective", "mean", "spread", "uncertainty", "constant mix"),
+            tuple(
+                (
+                    name,
+                    found.mean[name],
+                    found.spread[name],
+                    found.uncertainty[name],
+                    constant[name],
+                )
+                for name in order
+            ),
+            f"{note} Spread: standard deviation over prompts. Uncertainty: standard deviation "
+            f"between the members of the gate, each trained on other prompts.",
+        ),
+        Table(
+            "gate",
+            "Does the gate look at the prompt?",
+            ("what", "value"),
+            (
+                ("effective number of objectives, of a prompt", found.effective),
+                ("effective number of objectives, of the mean weights", found.effective_mean),
+                ("entropy of a prompt's weights, nats", found.entropy),
+                (
+                    "share of the variance of score differences due to the prompt",
+                    found.prompt_share,
+                ),
+            ),
+            " ".join(
+                [
+                    f"{note} Effective number: the exponential of the entropy. Due to the prompt: "
+                    f"what weights fixed at their means leave unexplained.",
+                    *found.warnings,
+                ]
+            ),
+        ),
+    ]
+
+
+def _list_table(
+    data: EmbeddedData, scored: _Scored, tested: Bool[Tensor, " lists"], *, seed: int
+) -> Table:
+    """How well longer lists are ranked."""
+    tables = data.tables
+    here = tested[tables.lists_of]
+    lists, position = tables.lists_of[here].unique(return_inverse=True)
+    counts = torch.bincount(position)
+    place = torch.arange(len(position)) - (counts.cumsum(0) - counts)[position]
+    responses = tables.lists_response[here]
+    ranks = torch.full((len(lists), int(counts.max())), torch.nan, dtype=torch.float64)
+    ranks[position, place] = tables.lists_rank[here].double()
+    best = ranks == ranks.nan_to_num(torch.inf).amin(1, keepdim=True)
+    groups = tables.group_of_response[responses[place == 0]]
+    # By chance: the mean over all choices, or over both orders of a pair.
+    rows = []
+    for name, score in ((GATED, scored.score), ("best constant mix", scored.constant)):
+        scores = torch.full_like(ranks, -torch.inf)
+        scores[position, place] = score[responses]
+        top = best.gather(1, scores.argmax(1, keepdim=True))[:, 0].double()
+        ordered = ranked_right(scores.nan_to_num(neginf=0.0), ranks)
+        known = ~ordered.isnan()
+        rows.append(
+            (
+                name,
+                *_spread(bootstrap_interval(top, groups, seed=seed)),
+                *(
+                    _spread(bootstrap_interval(ordered[known], groups[known], seed=seed))
+                    if bool(known.any())
+                    else _NONE
+                ),
+            )
+        )
+    chance = float((best.sum(1) / counts).double().mean())
+    rows.append(("by chance", chance, None, None, 0.5, None, None))
+    return Table(
+        "lists",
+        "Which of several responses is best: accuracy",
+        ("score", "best is first", "from", "to", "pairs in order", "pairs, from", "pairs, to"),
+        tuple(rows),
+        f"{len(lists)} test lists, 95 % bootstrap intervals over prompts.",
+    )
+
+
+def _category_table(data: EmbeddedData, scored: _Scored, *, seed: int) -> Table:
+    tables = data.tables
+    test = _ordered_pairs(data)
     names = data.objectives.names
     mixed = data.objectives.mixed_indices
     # The heaviest few say what a kind of prompt is about; a table of fifty columns does not.
     shown = sorted(mixed, key=lambda k: -float(scored.prompt_weights[:, k].nanmean()))[:8]
     shown = [k for k in mixed if k in shown]
-    constant = scored.adjusted @ constant_weights
+    constant = scored.constant
     rows = []
     for number in tables.pairs_category[test].unique().tolist():
         pairs = test[tables.pairs_category[test] == number]
@@ -407,7 +544,7 @@ def _category_table(
 
 def _quarter_table(data: EmbeddedData, after: _Scored, before: _Scored, *, seed: int) -> Table:
     tables = data.tables
-    test = tables.pairs_test
+    test = _ordered_pairs(data)
     chosen, rejected = tables.pairs_chosen[test], tables.pairs_rejected[test]
     covariates = tables.covariates[chosen] - tables.covariates[rejected]
     longer = covariates[:, data.covariates.index("log_length")]
@@ -487,10 +624,10 @@ def _style_table(data: EmbeddedData, after: _Scored, before: _Scored) -> Table:
 
 
 def _counterfactual_pairs(data: EmbeddedData) -> list[tuple[int, int, int]]:
-    """Category, plain and styled response of each test list of two."""
+    """Category, plain and styled response of each list of two of the benchmark."""
     tables = data.tables
     pairs = []
-    for number in tables.lists_test.nonzero()[:, 0].tolist():
+    for number in (tables.lists_test & tables.lists_benchmark).nonzero()[:, 0].tolist():
         responses = tables.lists_response[tables.lists_of == number].tolist()
         if len(responses) == 2:
             pairs.append((int(tables.lists_category[number]), responses[0], responses[1]))
@@ -512,7 +649,7 @@ def _counterfactual_table(
 
     def change(scored: _Scored) -> tuple[Tensor, Tensor]:
         difference = scored.score[styled] - scored.score[plain]
-        probability = torch.sigmoid(scored.beta * difference)
+        probability = torch.sigmoid(scored.summary.beta * difference)
         decided = torch.maximum(probability, 1.0 - probability) >= DECIDED
         return difference / scored.score[reference].std(), decided.double()
 
@@ -556,9 +693,3 @@ _NONE = (None, None, None)
 
 def _spread(interval: Interval) -> tuple[float, float, float]:
     return interval.mean, interval.low, interval.high
-
-
-def _uniform(objectives: ObjectiveSet) -> Float[Tensor, " objectives"]:
-    weights = torch.zeros(len(objectives.names), dtype=torch.float64)
-    weights[list(objectives.mixed_indices)] = 1.0 / len(objectives.mixed_indices)
-    return weights

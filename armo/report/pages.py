@@ -17,6 +17,7 @@ from armo.report.evaluate import Evaluation, Table
 
 # Colours that most colour-blind readers tell apart.
 BEFORE, AFTER = "#b0b7c3", "#1f6f8b"
+PLOTTED = 20  # objectives in one picture
 PALETTE = ("#1f6f8b", "#e07a5f", "#3d405b", "#81b29a", "#f2cc8f", "#6d597a", "#b56576", "#457b9d")
 
 
@@ -78,6 +79,7 @@ def to_html(evaluation: Evaluation, *, title: str) -> str:
     """Render an evaluation as one page, plots inside, nothing loaded from elsewhere."""
     plots = {
         "rivals": _plot_rivals,
+        "weights": _plot_weights,
         "kinds": _plot_kinds,
         "quarters": _plot_quarters,
         "style": _plot_style,
@@ -120,6 +122,28 @@ def _plot_rivals(table: Table) -> Figure:
     axes.axvline(0.5, color="#555", linestyle=":", linewidth=1)
     axes.set_xlim(0.0, 1.0)
     axes.set_xlabel("accuracy on test pairs")
+    return figure
+
+
+def _plot_weights(table: Table) -> Figure:
+    rows = table.rows[:PLOTTED][::-1]  # in the order of their mean weight
+    figure = Figure(figsize=(8, 0.45 * len(rows) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    names = [row[0] for row in rows]
+    axes.barh(names, [row[1] for row in rows], color=AFTER, label="mean gating weight")
+    axes.errorbar(
+        [row[1] for row in rows],
+        range(len(rows)),
+        xerr=[row[2] for row in rows],
+        fmt="none",
+        ecolor="#555",
+        capsize=3,
+        label="spread over prompts",
+    )
+    axes.plot([row[4] for row in rows], range(len(rows)), "D", color=BEFORE, label="constant mix")
+    axes.set_xlim(left=0.0)
+    axes.set_xlabel("weight")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

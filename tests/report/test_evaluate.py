@@ -3,6 +3,7 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -23,8 +24,9 @@ from armo.embed.backbone import Backbone
 from armo.embed.boundary import PromptGroup
 from armo.embed.extract import EmbeddedData, Team, embed_rows
 from armo.fit.decorrelation import RewardTransform, style_logits
-from armo.fit.gating import GatingNetwork
+from armo.fit.gating import GatingDiagnostics, GatingNetwork
 from armo.fit.heads import FittedHeads, HeadSummary, ObjectiveHeads, RewardUncertainty
+from armo.fit.training import Gain, GatingSummary
 from armo.report.evaluate import DECIDED, MARKS, Evaluation, Mix, Table, evaluate
 from armo.report.metrics import bootstrap_interval
 from armo.report.pages import save_pages
@@ -49,7 +51,6 @@ class Case:
     heads: ObjectiveHeads
     mix: Mix
     other: Mix
-    constant: torch.Tensor
     evaluation: Evaluation
     embedded: dict = field(default_factory=dict)
 
@@ -80,6 +81,45 @@ class Case:
         adjusted = self.adjusted(prompt, response, mix=mix)
         return float(self.weights(prompt, mix=mix) @ adjusted)
 
+    def probed(self, prompt, response, *, mix):
+        score = mix.probe.matrix @ self.embed(prompt, response) + mix.probe.offset
+        if mix.probe.covariates:
+            score = score + mix.probe.style @ surface_features([response])[0]
+        return float(score)
+
+    def right(self, *, mix):
+        """Credit of the score for each test pair."""
+        return [
+            credit(
+                self.score(p.prompt, p.chosen, mix=mix), self.score(p.prompt, p.rejected, mix=mix)
+            )
+            for p in self.test_side(self.pairs)
+        ]
+
+
+def credit(first, second):
+    return float(first > second) + 0.5 * float(first == second)
+
+
+def summary_of(names, weights, *, beta=1.0, kept="gate", loss_gain=0.02):
+    """How a gate was trained, as far as the report asks."""
+    return GatingSummary(
+        comparisons=9,
+        kept=kept,
+        epochs=(1,),
+        constant_weights=dict(zip(names, weights, strict=True)),
+        constant_loss=0.5,
+        constant_accuracy=0.7,
+        loss=0.5 - loss_gain,
+        accuracy=0.75,
+        loss_gain=Gain(loss_gain, 0.005),
+        accuracy_gain=Gain(0.05, 0.01),
+        beta=beta,
+        best_single=names[1],
+        style={},
+        diagnostics=GatingDiagnostics({}, {}, {}, 0.0, 1.0, 1.0, 0.0),
+    )
+
 
 def _rows(*, most=20):
     generator = random.Random(0)
@@ -104,7 +144,7 @@ def _rows(*, most=20):
     return ratings, pairs, lists
 
 
-def _evaluate(data, *, heads, mix, other, constant, uncertainty=None):
+def _evaluate(data, *, heads, mix, other, uncertainty=None, fixed_weights=None):
     summaries = tuple(
         HeadSummary(name, ratings=9, alpha=0.5 + k, error=0.1, explained=0.2, sigma=0.3)
         for k, name in enumerate(heads.objectives)
@@ -114,14 +154,14 @@ def _evaluate(data, *, heads, mix, other, constant, uncertainty=None):
         heads=FittedHeads(heads, (), torch.zeros(0, dtype=torch.long), summaries, uncertainty),
         mix=mix,
         undecorrelated=other,
-        constant_weights=constant,
+        fixed_weights=fixed_weights,
         deviation=1e-6,
         seed=3,
     )
 
 
-def _embed(folder, backbone, rows, *, objectives=None):
-    ratings, pairs, lists = rows
+def _embed(folder, backbone, rows, *, objectives=None, lists=()):
+    ratings, pairs, benchmark = rows
     embed_rows(
         folder,
         load=lambda device: backbone,
@@ -129,12 +169,16 @@ def _embed(folder, backbone, rows, *, objectives=None):
         ratings=ratings,
         pairs=pairs,
         lists=lists,
+        benchmark=benchmark,
         test_fraction=0.5,
         min_ratings=1,
         shard_rows=20,
         team=Team(accelerator="cpu"),
     )
     return EmbeddedData.load(folder)
+
+
+CONSTANT = (0.5, 0.2, 0.3, 0.0, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -151,15 +195,17 @@ def case(encoder, tmp_path_factory):
             covariates,
             0.3 * model.adjusted_style,
         )
-        mixes.append(Mix(transform, model.gate, (2.0, 0.5)[seed]))
+        probe = RewardTransform(
+            ("probe",),
+            *(part[:1] for part in (transform.matrix, transform.offset)),
+            covariates,
+            transform.style[:1],
+        )
+        summary = summary_of(data.objectives.names, CONSTANT, beta=(2.0, 0.5)[seed])
+        mixes.append(Mix(transform, model.gate.eval(), summary, probe))
     model = make_model(encoder)
     heads = ObjectiveHeads(data.objectives.names, model.head_weights, model.head_intercepts)
-    parts = {
-        "heads": heads,
-        "mix": mixes[0],
-        "other": mixes[1],
-        "constant": torch.tensor([0.5, 0.2, 0.3, 0.0, 0.0], dtype=torch.float64),
-    }
+    parts = {"heads": heads, "mix": mixes[0], "other": mixes[1]}
     return Case(*rows, data=data, backbone=encoder, **parts, evaluation=_evaluate(data, **parts))
 
 
@@ -195,31 +241,38 @@ def mean_credit(differences):
 
 def test_the_accuracy_of_every_rival_is_that_of_a_slow_recomputation(case):
     pairs = case.test_side(case.pairs)
-    uniform = torch.tensor([1, 1, 1, 0, 0], dtype=torch.float64) / 3
 
-    def by_score(mix):
+    def by(score, mix):
         return [
-            case.score(p.prompt, p.chosen, mix=mix) - case.score(p.prompt, p.rejected, mix=mix)
-            for p in pairs
+            score(p.prompt, p.chosen, mix=mix) - score(p.prompt, p.rejected, mix=mix) for p in pairs
         ]
 
-    def by_weights(weights):
-        return [
-            float(weights @ case.adjusted(p.prompt, p.chosen, mix=case.mix))
-            - float(weights @ case.adjusted(p.prompt, p.rejected, mix=case.mix))
-            for p in pairs
-        ]
+    def by_weights(*weights):
+        weights = torch.tensor(weights, dtype=torch.float64)
+        return by(lambda *text, mix: float(weights @ case.adjusted(*text, mix=mix)), case.mix)
 
     expected = {
-        "gated score": by_score(case.mix),
-        "best constant mix": by_weights(case.constant),
-        "uniform mix": by_weights(uniform),
-        "gated score, not decorrelated": by_score(case.other),
+        "gated score": by(case.score, case.mix),
+        "best constant mix": by_weights(*CONSTANT),
+        "uniform mix": by_weights(1 / 3, 1 / 3, 1 / 3, 0, 0),
+        "fixed weights": by_weights(0, 0.25, 0, 0.75, 0),  # a bias objective may be asked for
+        "honesty alone": by_weights(0, 1, 0, 0, 0),
+        "linear probe": by(case.probed, case.mix),
+        "gated score, not decorrelated": by(case.score, case.other),
+        "linear probe, not decorrelated": by(case.probed, case.other),
         "length only": style_rival(case, ["log_length"]),
         "format only": style_rival(case, FORMAT_FEATURES),
         "length and format": style_rival(case, ["log_length", *FORMAT_FEATURES]),
     }
-    rivals = rows_of(case, "rivals", "score")
+    evaluation = _evaluate(
+        case.data,
+        heads=case.heads,
+        mix=case.mix,
+        other=case.other,
+        fixed_weights={"honesty": 2.0, "verbosity": 6.0},
+    )
+    table = evaluation.table("rivals")
+    rivals = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert list(rivals) == list(expected)
     own = mean_credit(expected["gated score"])
     for name, differences in expected.items():
@@ -227,7 +280,38 @@ def test_the_accuracy_of_every_rival_is_that_of_a_slow_recomputation(case):
         if name != "gated score":
             gain = own - mean_credit(differences)
             assert rivals[name]["gate is ahead by"] == pytest.approx(gain)
-    assert len({row["accuracy"] for row in rivals.values()}) > 3
+    assert len({row["accuracy"] for row in rivals.values()}) > 4
+
+
+def test_without_fixed_weights_and_a_probe_the_other_rivals_are_the_same(case):
+    mix, other = (replace(each, probe=None) for each in (case.mix, case.other))
+    table = _evaluate(case.data, heads=case.heads, mix=mix, other=other).table("rivals")
+    whole = case.evaluation.table("rivals").rows
+    assert "fixed weights" not in [row[0] for row in whole]
+    assert table.rows == tuple(row for row in whole if not row[0].startswith("linear probe"))
+    assert len(table.rows) == len(whole) - 2
+
+
+@pytest.mark.parametrize(
+    ("kept", "gain", "said"),
+    [
+        ("gate", 0.02, "In training: The gate beats the best constant mix on held-out prompts"),
+        ("gate", 0.001, "it is kept all the same"),
+        ("constant", 0.001, "the constant mix is kept"),
+    ],
+)
+def test_the_rivals_note_says_whether_the_gate_is_ahead_here_and_was_in_training(
+    case, kept, gain, said
+):
+    summary = summary_of(case.data.objectives.names, CONSTANT, kept=kept, loss_gain=gain)
+    mix = replace(case.mix, summary=summary)
+    table = _evaluate(case.data, heads=case.heads, mix=mix, other=case.other).table("rivals")
+    assert summary.verdict in table.note
+    assert said in table.note
+    [constant] = [row for row in table.rows if row[0] == "best constant mix"]
+    ahead = constant[table.columns.index("from")] > 0
+    here = "is ahead of the best" if ahead else "is NOT shown to be ahead of the best"
+    assert (f"The gate {here} constant mix here" in table.note) == (kept == "gate")
 
 
 def test_the_intervals_of_the_rivals_are_over_prompts(case):
@@ -285,7 +369,7 @@ def test_counterfactuals_move_the_score_by_what_the_text_says(case):
                     for r in lists
                 ]
             )
-            likely = torch.sigmoid(mix.beta * moved.abs())
+            likely = torch.sigmoid(mix.summary.beta * moved.abs())
             assert row["pairs"] == len(lists)
             assert row[f"moved, {which}"] == pytest.approx(
                 float(moved.abs().mean()) / spread, abs=1e-4
@@ -377,7 +461,6 @@ def test_an_interval_without_ends_is_left_out_of_the_report(case, tmp_path):
         heads=case.heads,
         mix=case.mix,
         other=case.other,
-        constant=case.constant,
         uncertainty=uncertainty,
     )
     table = evaluation.table("errors")
@@ -397,7 +480,7 @@ def test_heads_are_held_against_the_judgements_of_test_pairs(case):
         case.data, tables=dataclasses.replace(tables, pairs_judgements=judged)
     )
     links = ("logistic",) * 5
-    parts = {"mix": case.mix, "other": case.other, "constant": case.constant}
+    parts = {"mix": case.mix, "other": case.other}
     heads = dataclasses.replace(case.heads, links=links)
     table = _evaluate(data, heads=heads, **parts).table("judgements")
     [(name, count, accuracy, low, high, longer)] = table.rows
@@ -434,7 +517,7 @@ def test_intervals_of_rewards_are_held_against_the_ratings(case):
         factor_of=torch.zeros(count, dtype=torch.long),
         alphas=torch.ones(count, dtype=torch.float64),
         sigmas=torch.full((count,), 0.5, dtype=torch.float64),
-        quantiles=torch.linspace(3.0, 6.0, count, dtype=torch.float64),
+        quantiles=torch.linspace(2.0, 5.0, count, dtype=torch.float64),
         miscoverage=0.1,
     )
     evaluation = _evaluate(
@@ -442,7 +525,6 @@ def test_intervals_of_rewards_are_held_against_the_ratings(case):
         heads=case.heads,
         mix=case.mix,
         other=case.other,
-        constant=case.constant,
         uncertainty=uncertainty,
     )
     table = evaluation.table("errors")
@@ -568,9 +650,7 @@ def test_a_quarter_without_pairs_is_left_out_with_the_means_it_would_be_part_of(
         for text in ["Say " + "dog " * (k + 1)]
     ]
     data = _embed(tmp_path, encoder, (case.ratings, longer, []))
-    evaluation = _evaluate(
-        data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
-    )
+    evaluation = _evaluate(data, heads=case.heads, mix=case.mix, other=case.other)
     table = evaluation.table("quarters")
     assert table.column("chosen") == ["longer"]
     assert table.column("pairs") == [24]
@@ -582,9 +662,7 @@ def test_pairs_without_any_difference_in_style_leave_an_empty_table(case, encode
         for k, pair in enumerate(case.pairs)
     ]
     data = _embed(tmp_path, encoder, (case.ratings, alike, []))
-    evaluation = _evaluate(
-        data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
-    )
+    evaluation = _evaluate(data, heads=case.heads, mix=case.mix, other=case.other)
     assert evaluation.table("quarters").rows == ()
     save_pages(evaluation, tmp_path / "pages", title="Report")
 
@@ -601,9 +679,8 @@ def test_a_score_that_follows_length_has_a_wide_gap_where_one_that_does_not_has_
     evaluation = _evaluate(
         data,
         heads=case.heads,
-        mix=Mix(indifferent, case.mix.gate, 1.0),
-        other=Mix(follows, case.mix.gate, 1.0),
-        constant=case.constant,
+        mix=Mix(indifferent, case.mix.gate, summary_of(names, CONSTANT)),
+        other=Mix(follows, case.mix.gate, summary_of(names, CONSTANT)),
     )
     table = evaluation.table("quarters")
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
@@ -614,8 +691,230 @@ def test_a_score_that_follows_length_has_a_wide_gap_where_one_that_does_not_has_
     assert int(tables.pairs_test.sum()) == 24
 
 
+def with_pairs(data, **changes):
+    """The same data with some columns of its pairs changed."""
+    return replace(data, tables=replace(data.tables, **changes))
+
+
+ORDERED = ("rivals", "weights", "gate", "kinds", "quarters", "judgements")
+
+
+def test_ties_are_not_ordered_in_any_table(case):
+    """A tie changes no more than a pair that is not there, on neither side of the split."""
+    tables = case.data.tables
+    number = torch.arange(len(tables.pairs_chosen))
+    tied = ((number // 2) % 5 == 1) | (number % 7 == 0)  # whole prompts, and one of two pairs
+    assert 0 < int((tied & tables.pairs_test).sum()) < int(tables.pairs_test.sum())
+    judgements = torch.full((len(number), 5), torch.nan, dtype=torch.float64)
+    judgements[:, 1] = torch.where(tied, 0.5, 0.9)
+    preference = torch.where(tied, 0.5, torch.where(number % 2 == 0, 0.6, 1.0))
+    parts = {"heads": case.heads, "mix": case.mix, "other": case.other}
+    with_ties = _evaluate(
+        with_pairs(case.data, pairs_preference=preference, pairs_judgements=judgements), **parts
+    )
+    without = _evaluate(
+        with_pairs(
+            case.data,
+            pairs_judgements=judgements,
+            pairs_test=tables.pairs_test & ~tied,
+            pairs_train=tables.pairs_train & ~tied,
+        ),
+        **parts,
+    )
+    for name in ORDERED:
+        assert with_ties.table(name) == without.table(name), name
+    # In the wrong order they would show.
+    for name in ORDERED[:-1]:
+        assert with_ties.table(name) != case.evaluation.table(name)
+
+
+def test_where_all_test_pairs_tie_nothing_is_ordered(case):
+    tables = case.data.tables
+    ties = torch.where(tables.pairs_test, 0.5, tables.pairs_preference)
+    data = with_pairs(case.data, pairs_preference=ties)
+    evaluation = _evaluate(data, heads=case.heads, mix=case.mix, other=case.other)
+    assert [table.name for table in evaluation.tables] == ["objectives", "errors", "applied"]
+
+
+def weights_slowly(gate, prompt):
+    """Weights of each member of a gate, in NumPy."""
+    parts = {name: tensor.double().numpy() for name, tensor in gate.state_dict().items()}
+    result = np.zeros((gate.members, gate.objectives))
+    for member in range(gate.members):
+        x = (prompt.double().numpy() - parts["mean"]) / parts["scale"]
+        for layer in range(len(gate.hidden)):
+            x = parts[f"hidden.{layer}.weight"][member] @ x + parts[f"hidden.{layer}.bias"][member]
+            x = np.maximum(x, 0.0)
+        logits = parts["output.weight"][member] @ x + parts["output.bias"][member]
+        odds = np.exp(logits / gate.temperature)
+        result[member, parts["mixed"].astype(int)] = odds / odds.sum()
+    return result
+
+
+@pytest.fixture(scope="module")
+def of_members(case):
+    """The case with a gate of three members, and its evaluation."""
+    torch.manual_seed(5)
+    gate = GatingNetwork(
+        dim=case.backbone.dim, objectives=5, mixed=(0, 1, 2), members=3, hidden_dim=4, temperature=2
+    ).eval()
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+        gate.mean.fill_(0.1)
+        gate.scale.fill_(0.7)
+    mix = replace(case.mix, gate=gate)
+    return gate, _evaluate(case.data, heads=case.heads, mix=mix, other=case.other)
+
+
+def test_the_weights_table_is_that_of_numpy(case, of_members):
+    gate, evaluation = of_members
+    table = evaluation.table("weights")
+    prompts = list(dict.fromkeys(pair.prompt for pair in case.test_side(case.pairs)))
+    assert len(prompts) == 12
+    assert table.note.startswith("12 prompts of the test pairs.")
+    embeddings = [case.backbone.embed([PromptGroup(p, ())]).prompts.values[0] for p in prompts]
+    members = np.stack([weights_slowly(gate, embedding) for embedding in embeddings])
+    whole = members.mean(1)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert set(rows) == {"helpfulness", "honesty", "harm"}  # no bias objective
+    for name, (mean, spread, uncertainty, constant) in rows.items():
+        k = case.data.objectives.index(name)
+        assert mean == pytest.approx(whole[:, k].mean(), abs=1e-5)
+        assert spread == pytest.approx(whole[:, k].std(), abs=1e-5)
+        variance = members[:, :, k].var(axis=1)
+        assert uncertainty == pytest.approx(np.sqrt(variance.mean()), abs=1e-5)
+        assert constant == CONSTANT[k]
+        assert uncertainty > 0.01
+    assert table.column("mean") == sorted(table.column("mean"), reverse=True)
+
+
+def test_the_gate_table_says_how_much_the_gate_looks_at_the_prompt(case, of_members):
+    gate, evaluation = of_members
+    found = dict(evaluation.table("gate").rows)
+    pairs = case.test_side(case.pairs)
+    weights = {}
+    for prompt in dict.fromkeys(pair.prompt for pair in pairs):
+        embedding = case.backbone.embed([PromptGroup(prompt, ())]).prompts.values[0]
+        weights[prompt] = weights_slowly(gate, embedding).mean(0)[:3]
+    entropies = np.array([-(w * np.log(w)).sum() for w in weights.values()])
+    mean = np.mean([*weights.values()], axis=0)
+    gated, fixed = [], []
+    for p in pairs:
+        first, second = (
+            case.adjusted(p.prompt, text, mix=case.mix).numpy() for text in p.responses
+        )
+        gated.append(weights[p.prompt] @ (first - second)[:3])
+        fixed.append(mean @ (first - second)[:3])
+    # Of a regression through zero of the one on the other, what is left.
+    slope = np.dot(gated, fixed) / np.dot(fixed, fixed)
+    left = np.square(np.array(gated) - slope * np.array(fixed)).sum() / np.square(gated).sum()
+    expected = {
+        "effective number of objectives, of a prompt": np.exp(entropies).mean(),
+        "effective number of objectives, of the mean weights": np.exp(-(mean * np.log(mean)).sum()),
+        "entropy of a prompt's weights, nats": entropies.mean(),
+        "share of the variance of score differences due to the prompt": left,
+    }
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert left > 0.003
+
+
+def test_a_gate_that_ignores_the_prompt_is_said_to_in_the_report(case):
+    gate = GatingNetwork(dim=case.backbone.dim, objectives=5, mixed=(0, 1, 2)).eval()
+    mix = replace(case.mix, gate=gate)
+    evaluation = _evaluate(case.data, heads=case.heads, mix=mix, other=case.other)
+    table = evaluation.table("weights")
+    assert table.column("mean") == pytest.approx([1 / 3] * 3)
+    assert table.column("spread") == pytest.approx([0.0] * 3, abs=1e-6)
+    assert "The gate hardly looks at the prompt" in evaluation.table("gate").note
+
+
+def order_slowly(scores, ranks):
+    """Whether a best response has the highest score, and the share of ordered pairs in order."""
+    top = ranks[max(range(len(scores)), key=scores.__getitem__)] == min(ranks)
+    pairs = [
+        credit(scores[a], scores[b])
+        for a in range(len(ranks))
+        for b in range(len(ranks))
+        if ranks[a] < ranks[b]
+    ]
+    return float(top), sum(pairs) / len(pairs) if pairs else None
+
+
+def test_test_lists_are_ranked_as_a_slow_recomputation_says(case, encoder, tmp_path):
+    generator = random.Random(3)
+    lists = []
+    for k in range(24):
+        prompt = case.pairs[2 * (k // 2)].prompt  # two lists to every other prompt
+        texts = dict.fromkeys(_text(generator, most=20) for _ in range(generator.randint(2, 5)))
+        ranks = tuple(float(generator.randint(0, 3)) for _ in texts)
+        ranks = tuple(0.0 for _ in texts) if k == 6 else ranks
+        split = ("train", "test")[k // 2 % 2]
+        lists.append(ResponseList(f"t{k}", "test", prompt, tuple(texts), ranks=ranks, split=split))
+    assert len({len(row.responses) for row in lists}) > 2
+    data = _embed(tmp_path, encoder, (case.ratings, case.pairs, case.lists), lists=lists)
+    evaluation = _evaluate(data, heads=case.heads, mix=case.mix, other=case.other)
+    table = evaluation.table("lists")
+    tested = [row for row in lists if row.split == "test"]
+    assert table.note == f"{len(tested)} test lists, 95 % bootstrap intervals over prompts."
+    constant = torch.tensor(CONSTANT, dtype=torch.float64)
+    groups = torch.tensor([lists.index(row) // 2 for row in tested])
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert list(rows) == ["gated score", "best constant mix", "by chance"]
+    for name, score in (
+        ("gated score", case.score),
+        ("best constant mix", lambda *t, mix: float(constant @ case.adjusted(*t, mix=mix))),
+    ):
+        found = [
+            order_slowly(
+                [score(row.prompt, text, mix=case.mix) for text in row.responses], row.ranks
+            )
+            for row in tested
+        ]
+        known = torch.tensor([ordered is not None for _, ordered in found])
+        assert 0 < int(known.sum()) < len(known)
+        top = bootstrap_interval(torch.tensor([first for first, _ in found]), groups, seed=3)
+        ordered = bootstrap_interval(
+            torch.tensor([ordered for _, ordered in found if ordered is not None]),
+            groups[known],
+            seed=3,
+        )
+        expected = (top.mean, top.low, top.high, ordered.mean, ordered.low, ordered.high)
+        assert rows[name] == pytest.approx(expected, abs=1e-6)
+    best = [row.ranks.count(min(row.ranks)) / len(row.ranks) for row in tested]
+    assert rows["by chance"][0] == pytest.approx(sum(best) / len(best))
+    assert rows["by chance"][3] == 0.5
+
+
+def test_lists_that_all_tie_have_no_pairs_in_order(case, encoder, tmp_path):
+    prompt = case.test_side(case.pairs)[0].prompt
+    tie = ResponseList("t", "test", prompt, ("Yes.", "No."), ranks=(1.0, 1.0), split="test")
+    data = _embed(tmp_path, encoder, (case.ratings, case.pairs, []), lists=[tie])
+    evaluation = _evaluate(data, heads=case.heads, mix=case.mix, other=case.other)
+    row = evaluation.table("lists").rows[0]
+    assert row == ("gated score", 1.0, 1.0, 1.0, None, None, None)
+
+
 def test_the_deviation_of_the_exported_model_is_reported(case):
     assert case.evaluation.table("applied").rows[0][1] == 1e-6
+
+
+def test_lists_to_train_on_are_no_counterfactual_pairs_on_the_test_side_either(
+    case, encoder, tmp_path
+):
+    fields = {"source": "test", "split": "test"}
+    more = [
+        ResponseList("tie", prompt=case.lists[1].prompt, responses=("Yes.", "No."), **fields),
+        *(replace(row, id=f"{row.id} again", ranks=(1.0, 2.0)) for row in case.lists),
+    ]
+    rows = case.ratings, case.pairs, case.lists
+    data = _embed(tmp_path, encoder, rows, lists=more)
+    assert int((data.tables.lists_test & ~data.tables.lists_benchmark).sum()) == 13
+    evaluation = _evaluate(data, heads=case.heads, mix=case.mix, other=case.other)
+    found, expected = evaluation.table("counterfactuals"), case.evaluation.table("counterfactuals")
+    assert [row[:2] for row in found.rows] == [row[:2] for row in expected.rows]
+    for row, other in zip(found.rows, expected.rows, strict=True):
+        assert list(row) == pytest.approx(list(other), abs=1e-5)
 
 
 @pytest.mark.parametrize("length", [None, 3])
@@ -625,14 +924,14 @@ def test_without_counterfactual_pairs_their_table_is_left_out(case, encoder, tmp
         prompt = case.test_side(case.pairs)[0].prompt
         lists = [ResponseList("l", "test", prompt, ("Yes.", "No.", "Maybe.")[:length])]
     data = _embed(tmp_path, encoder, (case.ratings, case.pairs, lists))
-    evaluation = _evaluate(
-        data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
-    )
+    evaluation = _evaluate(data, heads=case.heads, mix=case.mix, other=case.other)
     names = [table.name for table in evaluation.tables]
     assert names == [
         "objectives",
         "errors",
         "rivals",
+        "weights",
+        "gate",
         "kinds",
         "quarters",
         "style",
@@ -645,9 +944,7 @@ def test_without_counterfactual_pairs_their_table_is_left_out(case, encoder, tmp
 def test_without_test_pairs_only_ratings_are_evaluated(case, encoder, tmp_path):
     train = [pair for pair in case.pairs if pair not in case.test_side(case.pairs)]
     data = _embed(tmp_path, encoder, (case.ratings, train, []))
-    evaluation = _evaluate(
-        data, heads=case.heads, mix=case.mix, other=case.other, constant=case.constant
-    )
+    evaluation = _evaluate(data, heads=case.heads, mix=case.mix, other=case.other)
     assert [table.name for table in evaluation.tables] == ["objectives", "errors", "applied"]
 
 
@@ -674,12 +971,12 @@ def _parts(backbone, names, *, seed):
             SURFACE_FEATURES,
             draw(len(names), len(SURFACE_FEATURES)),
         )
-        mixes.append(Mix(transform, gate, beta))
+        summary = summary_of(names, [1.0 / len(names)] * len(names), beta=beta)
+        mixes.append(Mix(transform, gate, summary))
     return {
         "heads": ObjectiveHeads(names, draw(*shape), draw(len(names))),
         "mix": mixes[0],
         "other": mixes[1],
-        "constant": torch.full((len(names),), 1.0 / len(names), dtype=torch.float64),
     }
 
 
@@ -722,7 +1019,7 @@ def test_rows_that_were_skipped_are_in_no_table(encoder, tmp_path, count):
     assert int(data.prompts.missing().sum()) == 1
     parts = _parts(encoder, names, seed=0)
     expected, found = _evaluate(plain, **parts), _evaluate(data, **parts)
-    assert len(expected.tables) == 8
+    assert len(expected.tables) == 10
     changed = [
         table.name
         for table, other in zip(expected.tables, found.tables, strict=True)

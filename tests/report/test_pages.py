@@ -6,7 +6,16 @@ import pytest
 from rich.console import Console
 
 from armo.report.evaluate import Evaluation, Table
-from armo.report.pages import _plot_quarters, cell, print_tables, save_pages, to_html, to_markdown
+from armo.report.pages import (
+    PLOTTED,
+    _plot_quarters,
+    _plot_weights,
+    cell,
+    print_tables,
+    save_pages,
+    to_html,
+    to_markdown,
+)
 
 RIVALS = Table(
     "rivals",
@@ -33,8 +42,14 @@ COUNTERFACTUALS = Table(
     ("pattern", "pairs", "moved, before", "moved, after"),
     (("length", 3, 0.5, 0.25), ("all", 3, 0.5, 0.25)),
 )
+WEIGHTS = Table(
+    "weights",
+    "Weights",
+    ("objective", "mean", "spread", "uncertainty", "constant mix"),
+    (("honesty", 0.75, 0.25, 0.0625, 0.5), ("safety", 0.25, 0.25, 0.0625, 0.5)),
+)
 APPLIED = Table("applied", "Applied", ("check", "value"), (("difference", None),))
-EVALUATION = Evaluation((RIVALS, KINDS, STYLE, COUNTERFACTUALS, APPLIED))
+EVALUATION = Evaluation((RIVALS, WEIGHTS, KINDS, STYLE, COUNTERFACTUALS, APPLIED))
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +62,7 @@ def with_name(name):
     return Evaluation(
         (
             Table("rivals", name, RIVALS.columns, ((name, 0.5, 0.25, 0.75),), name),
+            Table("weights", name, WEIGHTS.columns, ((name, 0.5, 0.25, 0.125, 1.0),), name),
             Table("kinds", name, (*KINDS.columns[:6], name), ((name, 4, 0.5, 0.0, 1.0, 0.5, 1.0),)),
             Table("style", name, STYLE.columns, (("score", name, 0.5, 0.5, 0.5, 0.5),)),
             Table("counterfactuals", name, COUNTERFACTUALS.columns, ((name, 1, 0.5, 0.5),)),
@@ -110,8 +126,8 @@ def test_the_page_loads_nothing_from_elsewhere(page):
 
 
 def test_the_page_shows_every_table_and_a_plot_for_those_that_have_one(page):
-    assert page.count("<svg") == page.count("</svg>") == 4
-    assert page.count("<table>") == 5
+    assert page.count("<svg") == page.count("</svg>") == 5
+    assert page.count("<table>") == 6
     for table in EVALUATION.tables:
         assert f"<h2>{table.title}</h2>" in page
         for row in table.rows:
@@ -122,13 +138,13 @@ def test_text_is_escaped_wherever_it_stands():
     name = "<script>alert('&')</script>-->"
     page = to_html(with_name(name), title=name)
     assert "<script" not in page
-    assert page.count("&lt;script&gt;") >= 9
+    assert page.count("&lt;script&gt;") >= 12
 
 
 @pytest.mark.parametrize("name", ["from $5 to $10", r"$\no$", "100 % _x_ ^2"])
 def test_names_are_drawn_as_plain_text(name):
     page = to_html(with_name(name), title=name)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
 
 
 def test_the_same_evaluation_gives_the_same_bytes(page, tmp_path):
@@ -173,3 +189,28 @@ def test_the_quarters_are_drawn_with_their_intervals_and_without_the_differences
     # Where no pair differs in style there is nothing to draw.
     empty = Table("quarters", "Quarters", columns, ())
     assert "<svg" not in to_html(Evaluation((empty,)), title="x")
+
+
+def test_the_weights_are_drawn_heaviest_first_with_their_spread_beside_the_constant_mix():
+    columns = ("objective", "mean", "spread", "uncertainty", "constant mix")
+    rows = (("safety", 0.6, 0.2, 0.1, 0.3), ("honesty", 0.4, 0.1, 0.0, 0.7))
+    [axes] = _plot_weights(Table("weights", "Weights", columns, rows)).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["honesty", "safety"]
+    assert [bar.get_width() for bar in axes.patches] == [0.4, 0.6]
+    [constant] = [line for line in axes.lines if line.get_marker() == "D"]
+    assert [*constant.get_xdata()] == [0.7, 0.3]
+    [spread] = axes.containers[1].lines[2]  # the caps apart
+    ends = [(segment[0, 0], segment[1, 0]) for segment in spread.get_segments()]
+    assert ends == [pytest.approx((0.3, 0.5)), pytest.approx((0.4, 0.8))]
+
+
+def test_of_many_objectives_only_the_heaviest_are_drawn():
+    columns = ("objective", "mean", "spread", "uncertainty", "constant mix")
+    rows = tuple((f"objective {k}", 1 / (k + 1), 0.0, 0.0, 0.1) for k in range(PLOTTED + 5))
+    table = Table("weights", "Weights", columns, rows)
+    [axes] = _plot_weights(table).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels[::-1] == [row[0] for row in rows[:PLOTTED]]
+    page = to_html(Evaluation((table,)), title="x")
+    assert page.count("<svg") == 1
+    assert f"<td>objective {PLOTTED + 4}</td>" in page
