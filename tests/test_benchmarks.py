@@ -1,5 +1,6 @@
 """The benchmarks run, say all that they promise, and compare like with like; nothing is timed."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ EMBED = {
     "llama_best_of_16_vs_separate",
 }
 RIDGE = {"ridge_vs_sklearn_loop", "ridge_stream_peak_gb"}
+GATE = {"gate_time_to_accuracy_vs_reference"}
 EMBED_GPU = {"llama8b_tokens_per_s", "llama8b_gemm_share", "llama8b_vs_one_at_a_time"}
 
 
@@ -47,6 +50,11 @@ def embed():
 @pytest.fixture(scope="module")
 def embed_gpu():
     return load("embed_gpu")
+
+
+@pytest.fixture(scope="module")
+def gate():
+    return load("gate")
 
 
 def run(name, folder):
@@ -96,6 +104,15 @@ def test_embed_gpu_runs_a_tiny_shape_on_a_cpu(tmp_path):
     check(figures)
 
 
+def test_score_gives_every_figure(tmp_path):
+    printed, figures = run("score", tmp_path)
+    goals = {"head_overhead_share": 0.02, "load_overhead_s": 0.3, "import_overhead_s": 0.2}
+    assert set(figures) == {*goals, "surface_share"}
+    assert {name: figures[name]["goal"] for name in goals} == goals
+    assert all(name in printed for name in figures)
+    check(figures)
+
+
 def test_ridge_gives_every_figure_and_checks_that_both_ways_choose_alike(tmp_path):
     printed, figures = run("ridge", tmp_path)
     assert set(figures) == RIDGE
@@ -111,6 +128,75 @@ def test_other_penalties_or_weights_stop_the_ridge_comparison():
         ridge.check_same(one, ridge.Chosen([1.0, 1.0], np.eye(2)))
     with pytest.raises(SystemExit, match="weights part"):
         ridge.check_same(one, ridge.Chosen([1.0, 10.0], np.eye(2) + 1e-3))
+
+
+def test_gate_gives_its_figure_and_tells_the_accuracy_of_both(tmp_path):
+    printed, figures = run("gate", tmp_path)
+    assert set(figures) == GATE
+    for line in ("at the end", "at best", "the best constant mix", "the true weights"):
+        assert f"accuracy of {line}" in printed or f"accuracy {line}" in printed
+    check(figures)
+
+
+def trained(gate, accuracies, seconds):
+    curve = gate.Curve(None, seconds=list(seconds), accuracies=list(accuracies))
+    return gate.Trained(seconds[-1], accuracies[-1], curve)
+
+
+def test_a_gate_that_is_never_as_good_as_the_reference_has_no_advantage(gate):
+    reference = trained(gate, [0.8, 0.7], [10.0, 20.0])
+    assert gate.advantage(trained(gate, [0.6, 0.7], [1.0, 2.0]), reference) == 10.0
+    assert gate.advantage(trained(gate, [0.9, 0.69], [1.0, 2.0]), reference) == 0.0
+    assert reference.curve.first(0.7) == 10.0
+    assert reference.curve.first(0.81) == gate.NEVER
+    assert gate.told(gate.NEVER, "s") == "never"
+
+
+def test_a_missed_accuracy_is_shown_and_saved_as_zero(gate, monkeypatch, tmp_path):
+    worse = trained(gate, [0.5], [1.0])
+    summary = SimpleNamespace(constant_weights={f"{k}": 1 / 19 for k in range(19)}, kept="gate")
+    worse = dataclasses.replace(worse, summary=summary)
+    monkeypatch.setattr(gate, "train_ours", lambda *_, **__: worse)
+    monkeypatch.setattr(gate, "train_reference", lambda *_, **__: trained(gate, [0.6], [9.0]))
+    figures = gate.gate_figures(gate.TINY)
+    assert "MISSED" in figures[0].note
+    gate.save(figures, tmp_path / "figures.json")
+    [saved] = json.loads((tmp_path / "figures.json").read_text()).values()
+    assert saved == {"value": 0.0, "unit": "x", "baseline": 9.0, "goal": 5.0}
+
+
+def test_the_reference_gate_weighs_objectives_and_drops_units_of_each_response_apart(gate):
+    reference = gate.ReferenceGate(dim=8, hidden_dim=32)
+    with torch.no_grad():
+        reference.logit_scale.fill_(2.0)
+    twice = torch.randn(5, 1, 8).repeat(1, 2, 1)
+    torch.testing.assert_close(reference(twice).sum(-1), torch.full((5, 2), 2.0))
+    chosen, rejected = reference(twice).unbind(1)
+    assert (chosen != rejected).any()
+    chosen, rejected = reference.eval()(twice).unbind(1)
+    torch.testing.assert_close(chosen, rejected)
+
+
+def test_both_gates_are_judged_on_prompts_that_neither_is_trained_on(gate):
+    train, held = gate.draw_pairs(2_000, 32, seed=1)
+    again, _ = gate.draw_pairs(2_000, 32, seed=1)
+    assert len(train.prompt_of) == 1_600
+    assert len(held.prompt_of) == 400
+    torch.testing.assert_close(train.rewards, again.rewards, rtol=0, atol=0)
+    for part in (train, held):
+        assert part.prompt_of.unique().tolist() == list(range(len(part.prompts)))
+        torch.testing.assert_close(part.weights.sum(1), torch.ones(len(part.weights)))
+    assert not {tuple(row) for row in train.prompts.tolist()} & {
+        tuple(row) for row in held.prompts.tolist()
+    }
+    assert train.accuracy(train.weights) > train.accuracy(train.weights.mean(0)) > 0.6
+
+
+def test_preferences_of_the_gate_hold_the_pairs_that_the_reference_is_given(gate):
+    train, _ = gate.draw_pairs(100, 16)
+    batch = train.as_preferences()[torch.arange(80)]
+    torch.testing.assert_close(batch.adjusted, train.rewards)
+    torch.testing.assert_close(batch.prompts, train.prompts[train.prompt_of])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refuses only where there is no GPU")
@@ -214,3 +300,177 @@ def test_lengths_are_drawn_alike_every_time(embed_gpu):
     assert groups == embed_gpu.draw_groups(50, seed=3)
     assert groups != embed_gpu.draw_groups(50, seed=4)
     assert all(len(group.responses) in embed_gpu.RESPONSES for group in groups)
+
+
+@pytest.fixture(scope="module")
+def finished(encoder_folder, tmp_path_factory):
+    """A finished run on sixty prompts: its folder."""
+    from test_cli import run as armo
+    from test_stages import write_data
+
+    rows, folder = tmp_path_factory.mktemp("rows"), tmp_path_factory.mktemp("run")
+    write_data(rows)
+    status, _, err = armo(
+        *("train", "experiment=smoke", "data/benchmark=none", f"output_dir={folder}"),
+        *("data/ratings=jsonl", f"data.ratings.path={rows / 'ratings.jsonl'}"),
+        *("data/pairs=jsonl", f"data.pairs.path={rows / 'pairs.jsonl'}"),
+        *(f"embed.backbone.spec.id={encoder_folder}", "embed.backbone.spec.revision=null"),
+        *("embed.backbone.spec.digest=null", "embed.backbone.spec.layers=[1,2]"),
+        *("embed.backbone.spec.max_tokens=96", "embed.backbone.spec.max_prompt_tokens=40"),
+        *("embed.backbone.device=cpu", "report.device=cpu", "fit.gating.progress=false"),
+    )
+    assert status == 0, err
+    return folder
+
+
+def designs(finished, folder, *more):
+    """Run the comparison of gates; return what it printed and wrote."""
+    command = [sys.executable, FOLDER / "gate_designs.py", "--run", finished, "--max-epochs", "20"]
+    command += ["--json", folder / "figures.json", "--markdown", folder / "tables.md", *more]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads((folder / "figures.json").read_text())
+
+
+@pytest.mark.filterwarnings("default::armo.fit.decorrelation.DecorrelationWarning")
+def test_gate_designs_are_compared_on_a_finished_run(finished, tmp_path):
+    only = "layer 1,dim 16,clusters,one member,not reweighted by style"
+    printed, figures = designs(
+        finished, tmp_path, "--only", only, "--seeds", "2", "--plot", tmp_path / "designs.svg"
+    )
+    assert list(figures["setups"]) == ["decorrelated", "undecorrelated"]
+    expected = {"default", "layer 1 alone", "mixes of 8 clusters of prompts", "hidden dim 16"}
+    for setup, found in figures["setups"].items():
+        rows = found["designs"]
+        own = {"pairs not reweighted by style"} if setup == "decorrelated" else set()
+        assert set(rows) == expected | {"one member"} | own
+        assert all(0.0 <= row["accuracy"] <= 1.0 for row in rows.values())
+        assert all(row["gain"][1] <= row["gain"][0] <= row["gain"][2] for row in rows.values())
+        assert rows["default"]["over the default"] == [0.0, 0.0, 0.0]
+        # It is the default, but for who scores; and nothing held out can judge the clusters.
+        out = "out-of-fold accuracy gain"
+        assert rows["one member"][out] == rows["default"][out]
+        assert rows["mixes of 8 clusters of prompts"][out] is None
+        assert set(found["references"]) == {
+            *("constant mix of the default", "linear probe", "uniform mix", "length and format")
+        }
+    assert "hidden dim 16" in printed
+    assert "| net | hidden dim 16 |" in (tmp_path / "tables.md").read_text()
+    assert "<svg" in (tmp_path / "designs.svg").read_text()
+
+
+@pytest.mark.filterwarnings("default::armo.fit.decorrelation.DecorrelationWarning")
+@pytest.mark.parametrize(
+    ("name", "settings", "columns"),
+    [
+        ("learning rate 0.003", {"learning_rate": 3e-3}, slice(None)),
+        ("layer 2 alone", {}, slice(16, 32)),
+    ],
+)
+def test_figures_of_a_gate_design_are_those_found_by_hand(
+    finished, tmp_path, name, settings, columns
+):
+    import lightning as L
+
+    from armo.embed.extract import EmbeddedData
+    from armo.fit.decorrelation import load_transforms
+    from armo.fit.heads import FittedHeads
+    from armo.fit.training import fit_gating
+    from armo.stages import training_preferences
+
+    only = ("--setup", "decorrelated", "--only", name, "--seeds", "1")
+    _, figures = designs(finished, tmp_path, *only)
+    found = figures["setups"]["decorrelated"]["designs"][name]
+
+    data = EmbeddedData.load(finished / "embeddings")
+    heads = FittedHeads.load(finished / "heads")
+    transforms = load_transforms(finished / "decorrelation")
+    preferences = training_preferences(data, heads, transforms, source_weights={})
+    gate, summary = fit_gating(
+        dataclasses.replace(preferences, prompts=preferences.prompts[:, columns]),
+        objectives=data.objectives.names,
+        mixed=data.objectives.mixed_indices,
+        folder=tmp_path,
+        trainer=lambda **more: L.Trainer(accelerator="cpu", max_epochs=20, **more),
+        progress=False,
+        keep="gate",
+        patience=4,
+        **settings,
+    )
+    tables, right, constant_right, quarters = data.tables, [], [], {}
+    features = transforms.transform.covariates
+    constant = torch.tensor(list(summary.constant_weights.values()), dtype=torch.float64)
+    for pair in tables.pairs_test.nonzero()[:, 0].tolist():
+        two = torch.stack([tables.pairs_chosen[pair], tables.pairs_rejected[pair]])
+        rewards = transforms.transform.adjusted(data.responses.read(two), data.style(two, features))
+        with torch.no_grad():
+            [weights] = gate(data.prompt_embeddings(two[:1])[:, columns]).double()
+        right.append(float((rewards[0] - rewards[1]) @ weights > 0))
+        constant_right.append(float((rewards[0] - rewards[1]) @ constant > 0))
+        length = data.style(two, ["log_length"])[:, 0]
+        marks = data.style(two, ["list_items", "bold"]).sum(1)  # the only ones in these texts
+        for kind, values in (("length", length), ("marks", marks)):
+            if values[0] != values[1]:
+                quarters.setdefault((kind, bool(values[0] > values[1])), []).append(right[-1])
+    accuracy = sum(right) / len(right)
+    assert found["accuracy"] == pytest.approx(accuracy)
+    assert found["constant mix"] == pytest.approx(sum(constant_right) / len(right))
+    assert found["gain"][0] == pytest.approx(accuracy - sum(constant_right) / len(right))
+    assert found["epoch"] == sum(summary.epochs) / len(summary.epochs)
+    four = [sum(quarter) / len(quarter) for quarter in quarters.values()]
+    assert found["mean of the four"] == pytest.approx(sum(four) / len(four))
+    gain = summary.loss_gain
+    assert found["out-of-fold loss gain"] == pytest.approx([gain.mean, gain.low, gain.high])
+    assert gain.mean != 0.0
+
+
+def test_gains_of_a_gate_design_are_over_its_own_constant_mix_and_over_the_default():
+    from armo.fit.training import Gain
+
+    program = load("gate_designs")
+
+    class Drawn(program.Trial):
+        """Four pairs of two prompts; the first objective is right in the first two."""
+
+        def __init__(self):
+            self.differences = torch.tensor([[1.0, -1.0]] * 2 + [[-1.0, 1.0]] * 2).double()
+            self.probe = torch.tensor([1.0, 1.0, 1.0, -1.0])
+            self.groups = torch.tensor([0, 0, 1, 1])
+
+        def mean_of_four(self, credit):
+            return float(credit.mean())
+
+    first, second = torch.eye(2, dtype=torch.float64)
+    summary = SimpleNamespace(
+        accuracy_gain=Gain(0.02, 0.01), loss_gain=Gain(0.2, 0.1), epochs=(1, 2)
+    )
+
+    def fitted(*weights, constant):
+        return program.Fitted(torch.stack(weights), constant, summary, 2.0)
+
+    half = (first + second) / 2
+    default = [fitted(first, first, first, first, constant=half)]
+    fits = [
+        fitted(first, first, second, second, constant=first),
+        fitted(first, first, second, first, constant=first),
+    ]
+    variant = program.Variant("net", "drawn")
+    found = program.figures_of(Drawn(), fits, variant=variant, default=default)
+    assert found["accuracy"] == found["mean of the four"] == 0.875
+    assert found["constant mix"] == 0.5
+    assert found["gain"] == [0.375, 0.0, 0.75]  # all of it with the second prompt
+    assert found["over the default"][0] == 0.375
+    assert found["over the default's constant mix"][0] == 0.375  # all ties, which count half
+    assert found["over the probe"][0] == 0.125
+    assert found["deviation"] == 0.125
+    assert found["out-of-fold accuracy gain"] == pytest.approx([0.02, 0.0004, 0.0396])
+    assert (found["epoch"], found["seconds"]) == (1.5, 2.0)
+    peeking = program.Variant("low rank", "drawn", peeks=True)
+    found = program.figures_of(Drawn(), fits, variant=peeking, default=default)
+    assert found["out-of-fold loss gain"] is None

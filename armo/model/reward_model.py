@@ -1,39 +1,61 @@
 """The scoring model: conversations in, scores with their reasons out."""
 
 import copy
-import importlib.metadata
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from huggingface_hub import HfApi
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from armo.artifacts import ArtifactError, read_json, write_json, write_tensors, write_text
+from armo.artifacts import (
+    ArtifactError,
+    digest_file,
+    read_json,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from armo.data.conversation import Conversation, Message, Prompt
 from armo.data.objectives import ObjectiveSet
 from armo.data.surface import SURFACE_FEATURES, surface_features
 from armo.embed.backbone import Backbone, GroupEmbeddings, load_backbone
 from armo.embed.boundary import PromptGroup
+from armo.embed.plan import Plan
 from armo.embed.spec import BackboneError
 from armo.fit.decorrelation import RewardTransform
 from armo.fit.gating import GatingNetwork, contributions
-from armo.fit.heads import ObjectiveHeads
+from armo.fit.heads import UNCERTAINTY, ObjectiveHeads, RewardUncertainty
 from armo.fit.judged import apply_links
+from armo.model.config import ArmoConfig
+from armo.model.golden import compare_golden, read_golden, write_golden
+from armo.model.output import Comparison, RewardModelOutput, RewardOutput, Scale
 from armo.model.pretrained import (
+    BACKBONE,
     CARD,
     CONFIG,
     GOLDEN,
+    SEAL,
     WEIGHTS,
     ModelConfig,
-    load_weights,
+    config_seal,
+    copy_backbone,
+    download_folder,
+    load_folder,
     parse_messages,
+    place_backbone,
+    read_uncertainty,
+    write_tokenizer,
 )
+from armo.model.token_rows import TokenReader
+from armo.model.tokenizer import ArmoTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -42,54 +64,43 @@ CHUNK_ROWS = 1024
 
 Messages = Sequence[Mapping[str, str] | Message]
 
+# The backbone's model among the modules of this one.
+LANGUAGE_MODEL = "language_model"
+
+# What the auto classes and pipelines of Transformers pass to every model that they load.
+HANDED_DOWN = (
+    "_commit_hash",
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "force_download",
+    "low_cpu_mem_usage",
+    "proxies",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_safetensors",
+)
+SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
+
+_TENSORS = (
+    "rewards",
+    "uncertainty",
+    "adjusted",
+    "gating_weights",
+    "gating_uncertainty",
+    "contributions",
+)
+
 GOLDEN_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest deviation of a golden output, by the dtype that the backbone runs in."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class RewardOutput:
-    """Scores and what they are made of; float64, rows in the order of the input.
-
-    Attributes:
-        objectives: Names of the columns.
-        score: The number that ranks responses to a prompt: the sum of the contributions.
-        rewards: What a rater would say, on [0, 1] or on each source's scale; not clipped. Of
-            objectives learned from yes or no, or from judged pairs alone, a probability: of a yes,
-            or of being judged better than the mean training response.
-        adjusted: Rewards standardised and decorrelated from style.
-        gating_weights: Non-negative, sum to one; from the prompt alone.
-        contributions: Gating weight times adjusted reward.
-        truncated: Whether the conversation was longer than the backbone reads, and was cut. One
-            that is skipped instead (`on_overlong: skip`) has NaN everywhere.
-    """
-
-    objectives: tuple[str, ...]
-    score: Float[Tensor, " batch"]
-    rewards: Float[Tensor, "batch objectives"]
-    adjusted: Float[Tensor, "batch objectives"]
-    gating_weights: Float[Tensor, "batch objectives"]
-    contributions: Float[Tensor, "batch objectives"]
-    truncated: Bool[Tensor, " batch"]
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Why one response is preferred to another.
-
-    Attributes:
-        probability: That the first response is preferred.
-        score_difference: Score of the first minus score of the second.
-        reasons: Difference of contributions per objective, the largest first; they sum to
-            the score difference.
-    """
-
-    probability: float
-    score_difference: float
-    reasons: dict[str, float]
-
-
-class ArmoRewardModel(nn.Module):
+class ArmoRewardModel(PreTrainedModel):
     """An interpretable reward model: heads, reward transform and gate over a frozen backbone.
+
+    It is a model of Transformers: `AutoModelForSequenceClassification` loads it once armo is
+    imported. Heads and gate stay in float64 whatever the model is cast to, and it always is in
+    evaluation mode. No gradients are kept unless parameters are told to require them.
 
     Example:
         ```python
@@ -100,6 +111,10 @@ class ArmoRewardModel(nn.Module):
         ```
     """
 
+    config_class = ArmoConfig
+    base_model_prefix = LANGUAGE_MODEL
+    main_input_name = "input_ids"
+
     def __init__(
         self,
         *,
@@ -109,13 +124,13 @@ class ArmoRewardModel(nn.Module):
         transform: RewardTransform,
         gate: GatingNetwork,
         beta: float,
+        uncertainty: RewardUncertainty | None = None,
     ) -> None:
-        """Join the fitted parts.
+        """Join the fitted parts; `uncertainty` is that of the rewards of `heads`.
 
         Raises:
             ValueError: If the parts disagree on the objectives or on the embedding's width.
         """
-        super().__init__()
         if not objectives.names == heads.objectives == transform.objectives:
             raise ValueError(
                 f"The parts have other objectives: declared {objectives.names}, heads "
@@ -126,9 +141,17 @@ class ArmoRewardModel(nn.Module):
                 f"The heads read embeddings of width {heads.weights.shape[1]}, the backbone gives "
                 f"{backbone.dim}."
             )
+        declared = ModelConfig(
+            objectives, backbone.spec, gate.shape, transform.covariates, heads.links
+        )
+        super().__init__(ArmoConfig(**declared.to_dict()))
         self.objectives = objectives
         self.backbone = backbone
+        # Under its own name too, so that it goes where the model goes.
+        self.add_module(LANGUAGE_MODEL, backbone.model)
+        self.rows = TokenReader(backbone.planner)
         self.folder: Path | None = None
+        self.uncertainty = uncertainty
         self.covariates = transform.covariates
         self.links = heads.links
         self.gate = copy.deepcopy(gate).eval().requires_grad_(False).double()
@@ -140,7 +163,7 @@ class ArmoRewardModel(nn.Module):
             "adjusted_style": transform.style,
             "beta": torch.tensor(beta),
         }.items():
-            self.register_buffer(name, tensor.double())
+            self.register_buffer(name, tensor.detach().double())
         self.head_weights: Tensor
         self.head_intercepts: Tensor
         self.adjusted_weights: Tensor
@@ -149,71 +172,196 @@ class ArmoRewardModel(nn.Module):
         self.beta: Tensor
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         path: str | Path,
         *,
+        config: ArmoConfig | None = None,
         revision: str | None = None,
         device: str = "auto",
         batch_tokens: int | Literal["auto"] = "auto",
+        dtype: Any = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **more: Any,
     ) -> "ArmoRewardModel":
-        """Load a model folder, with the backbone that it names.
+        """Load a model folder, with the backbone that it names or holds.
 
         Args:
             path: A folder, or a hub id.
+            config: What `AutoConfig` made of the folder; it must be unchanged.
             revision: Of the hub id.
-            device: Of the backbone; `auto` is the first GPU, otherwise the CPU.
+            device: Of the backbone; `auto` is the first GPU, otherwise the CPU. For the auto
+                classes of Transformers it is the CPU, as theirs is.
             batch_tokens: Padded tokens per batch; halved where memory runs out.
+            dtype: Of the backbone, instead of the one that it was trained with; heads and gate
+                stay in float64.
+            device_map: A device, or for a backbone in several places what Transformers takes.
+            attn_implementation: Of the backbone, as Transformers spells it.
+            token: For the hub.
+            cache_dir: Of what comes from the hub.
+            local_files_only: Whether to look in the hub's cache only.
+            more: What the auto classes hand to every model; anything else is refused.
 
         Raises:
-            ArtifactError: If a file or tensor is missing, unexpected or of another shape.
+            ArtifactError: If a file or tensor is missing, unexpected, changed or of another shape.
             BackboneError: If the backbone is not found or has another digest.
+            TypeError: If an option is not known.
         """
+        _refuse_options(more)
         folder = Path(path).expanduser()
         if not folder.is_dir():
-            folder = _download(str(path), revision=revision)
-        config = ModelConfig.load(folder)
-        gate = config.build_gate(folder / CONFIG)
-        count, dim = len(config.objectives.names), gate.mean.shape[0]
-        shapes: dict[str, Sequence[int]] = {
-            "head_weights": [count, dim],
-            "head_intercepts": [count],
-            "adjusted_weights": [count, dim],
-            "adjusted_offset": [count],
-            "adjusted_style": [count, len(config.covariates)],
-            "beta": [],
-        }
-        shapes |= {f"gate.{name}": list(t.shape) for name, t in gate.state_dict().items()}
-        tensors = load_weights(folder / WEIGHTS, shapes)
-        gate.double().load_state_dict(
-            {name[5:]: t for name, t in tensors.items() if name.startswith("gate.")}, strict=True
+            folder = download_folder(
+                str(path),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        if config is not None:
+            attn_implementation = attn_implementation or config._attn_implementation
+        declared, gate, tensors = load_folder(folder, config)
+        device, device_map = _placement(device, device_map, auto=bool(more.get("_from_auto")))
+        spec = declared.backbone
+        if (name := _dtype_name(dtype or more.get("torch_dtype"))) is not None:
+            spec = replace(spec, dtype=name)
+        names = declared.objectives.names
+        heads = ObjectiveHeads(
+            names, tensors["head_weights"], tensors["head_intercepts"], declared.links
         )
-        names = config.objectives.names
         model = cls(
-            objectives=config.objectives,
-            backbone=load_backbone(config.backbone, device=device, batch_tokens=batch_tokens),
-            heads=ObjectiveHeads(
-                names, tensors["head_weights"], tensors["head_intercepts"], config.links
+            objectives=declared.objectives,
+            backbone=load_backbone(
+                place_backbone(spec, folder),
+                device=device,
+                batch_tokens=batch_tokens,
+                device_map=device_map,
+                attn_implementation=attn_implementation,
             ),
+            heads=heads,
             transform=RewardTransform(
                 names,
                 tensors["adjusted_weights"],
                 tensors["adjusted_offset"],
-                config.covariates,
+                declared.covariates,
                 tensors["adjusted_style"],
             ),
             gate=gate,
             beta=float(tensors["beta"]),
+            uncertainty=read_uncertainty(folder, declared, heads),
         )
+        model.backbone.spec = replace(model.backbone.spec, id=spec.id, revision=spec.revision)
         model.folder = folder
+        model.name_or_path = model.config.name_or_path = str(path)
         return model
+
+    @classmethod
+    def _from_config(cls, config: ArmoConfig, **more: Any) -> NoReturn:
+        raise ValueError(
+            "a reward model cannot be made from its configuration alone: its weights would be "
+            "random; use `from_pretrained`"
+        )
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        attention_mask: Num[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
+        token_type_ids: Int[Tensor, "batch tokens"] | None = None,
+        *,
+        surface: Float[Tensor, "batch covariates"] | None = None,
+        return_dict: bool | None = None,
+    ) -> RewardModelOutput | tuple[Tensor, ...]:
+        """Score conversations given as token ids, each whole, as `score` does given as text.
+
+        With a chat template, the ids are those of the text that it renders, prompt and response;
+        special tokens that the tokenizer adds once more are ignored. For an encoder they are
+        `[CLS] prompt [SEP] response [SEP]`: `tokenizer(prompt, response)`, or the template of the
+        tokenizer in the model folder.
+
+        The prompt ends where the template opens the last response. A response that writes the
+        template's own control text cannot be told from further turns, as they are the same ids:
+        give responses that are not trusted to `score`.
+
+        Args:
+            input_ids: One conversation per row, padded on either side.
+            attention_mask: Not zero where a token counts; all do, if None.
+            token_type_ids: Taken and not used.
+            surface: Surface features of the responses, as the tokenizer of the model folder gives
+                them; needed by an encoder's model with `covariates`.
+            return_dict: False for a tuple.
+
+        Raises:
+            TokenRowError: Naming the row whose ids do not say where its prompt ends.
+            ValueError: If `surface` is needed and not given.
+        """
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        with torch.set_grad_enabled(trains):
+            plan, measured = self._plan_rows(input_ids, attention_mask, surface)
+            embeddings = self.backbone.runner.run_at_once(plan)
+            prompts, responses = embeddings[: plan.prompts], embeddings[plan.prompts :]
+            out = self._read(responses, prompts, measured=measured, weights=None)
+        cut = [{k, plan.prompts + k} & plan.truncated for k in range(plan.prompts)]
+        truncated = torch.tensor([bool(parts) for parts in cut]) & ~responses.isnan().any(1).cpu()
+        values = [getattr(out, name) for name in _TENSORS]
+        answer = RewardModelOutput(
+            out.score[:, None].float().to(input_ids.device),
+            *(value.to(input_ids.device) for value in (*values, truncated)),
+        )
+        return answer if return_dict is not False else answer.to_tuple()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _plan_rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None, surface: Tensor | None
+    ) -> tuple[Plan, Tensor | None]:
+        """Find prompts and responses in rows of ids, and what is measured on the responses."""
+        if attention_mask is None:
+            rows = input_ids.tolist()
+        else:
+            rows = [
+                ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask != 0, strict=True)
+            ]
+        plan, texts = self.rows.plan(rows, causal=self.backbone.runner.causal)
+        if not self.covariates:
+            return plan, None
+        if surface is None and texts is None:
+            raise ValueError(
+                f"`surface` is needed: this model measures {', '.join(self.covariates)} on the "
+                f"responses, which their ids do not say. The tokenizer in the model folder gives "
+                f"it with the ids; `score` needs none"
+            )
+        if surface is None:
+            surface = surface_features(texts or [])
+        return plan, self._columns(surface)
+
+    def train(self, mode: bool = True) -> "ArmoRewardModel":
+        """Stay in evaluation mode: a score never depends on dropout."""
+        super().train(False)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ArmoRewardModel":
+        """Move everything, but cast the backbone alone: rounded heads give equal scores."""
+        exact = {name: tensor.detach() for name, tensor in self._own_tensors().items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in self._own_tensors().items():
+            if tensor.dtype != exact[name].dtype:
+                tensor.data = exact[name].to(tensor.device)
+        return self
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """Heads, transform and gate: all but the backbone's."""
+        tensors: dict[str, Tensor] = self.state_dict(keep_vars=True)
+        return {k: t for k, t in tensors.items() if not k.startswith(f"{LANGUAGE_MODEL}.")}
 
     def score(
         self,
         conversations: Sequence[Messages],
         *,
         weights: Mapping[str, float] | None = None,
-        scale: Literal["unit", "rating"] = "unit",
+        scale: Scale = "raw",
+        thresholds: Mapping[str, float] | None = None,
         batch_size: int | None = None,
     ) -> RewardOutput:
         """Score conversations, each ending with the assistant's answer.
@@ -222,7 +370,10 @@ class ArmoRewardModel(nn.Module):
             conversations: Lists of `{"role", "content"}`; any number, any length.
             weights: The caller's weights by objective, instead of the gate's; they are
                 divided by their sum.
-            scale: Of `rewards`: `unit` for [0, 1], `rating` for each source's own scale.
+            scale: Of `rewards`: `raw` for [0, 1], 1 the good end; `rating` for each source's own
+                scale; `standard` for the adjusted rewards, standardised and free of style.
+            thresholds: What `rewards` must reach, by objective and on that scale, for a response to
+                pass; what they must not exceed, where low ratings are the good ones.
             batch_size: Conversations per batch at most; the token budget limits them anyway.
 
         Raises:
@@ -239,7 +390,9 @@ class ArmoRewardModel(nn.Module):
                 parsed.append(Conversation(messages[:-1], messages[-1].content))
             except ValueError as error:
                 raise ValueError(f"conversation {number}: {error}") from None
-        return self._score(parsed, weights=weights, scale=scale, batch_size=batch_size)
+        return self._score(
+            parsed, weights=weights, scale=scale, thresholds=thresholds, batch_size=batch_size
+        )
 
     def score_responses(
         self,
@@ -247,7 +400,8 @@ class ArmoRewardModel(nn.Module):
         responses: Sequence[str],
         *,
         weights: Mapping[str, float] | None = None,
-        scale: Literal["unit", "rating"] = "unit",
+        scale: Scale = "raw",
+        thresholds: Mapping[str, float] | None = None,
         batch_size: int | None = None,
     ) -> RewardOutput:
         """Score several responses to one prompt; all get the same gating weights.
@@ -257,6 +411,7 @@ class ArmoRewardModel(nn.Module):
             responses: The answers.
             weights: As for `score`.
             scale: As for `score`.
+            thresholds: As for `score`.
             batch_size: As for `score`.
 
         Raises:
@@ -270,6 +425,7 @@ class ArmoRewardModel(nn.Module):
             [Conversation(turns, response) for response in responses],
             weights=weights,
             scale=scale,
+            thresholds=thresholds,
             batch_size=batch_size,
         )
 
@@ -312,76 +468,158 @@ class ArmoRewardModel(nn.Module):
         Raises:
             ValueError: If the texts are needed and not given, or are not one per response.
         """
-        h = responses.double()
+        measured = None
+        if self.covariates:
+            if texts is None or len(texts) != len(responses):
+                raise ValueError(
+                    f"`texts` must be the {len(responses)} responses themselves: this model "
+                    f"measures {', '.join(self.covariates)} on them"
+                )
+            measured = self._columns(surface_features(texts))
+        out = self._read(responses, prompts, measured=measured, weights=weights)
+        return replace(out, **{name: getattr(out, name).cpu() for name in ("score", *_TENSORS)})
+
+    def _columns(self, surface: Tensor) -> Tensor:
+        """Pick the surface features that the adjusted rewards are computed from."""
+        if surface.shape[1] != len(SURFACE_FEATURES):
+            raise ValueError(f"`surface` must have {len(SURFACE_FEATURES)} columns.")
+        return surface[:, [SURFACE_FEATURES.index(name) for name in self.covariates]]
+
+    def _read(
+        self,
+        responses: Tensor,
+        prompts: Tensor,
+        *,
+        measured: Tensor | None,
+        weights: Mapping[str, float] | None,
+    ) -> RewardOutput:
+        """Compute scores on the device of the heads, gradients as they are asked for."""
+        device = self.head_weights.device
+        h = responses.to(device, torch.float64)
         rewards = apply_links(h @ self.head_weights.T + self.head_intercepts, self.links)
         adjusted = h @ self.adjusted_weights.T + self.adjusted_offset
-        if self.covariates:
-            if texts is None or len(texts) != len(h):
-                raise ValueError(
-                    f"`texts` must be the {len(h)} responses themselves: this model measures "
-                    f"{', '.join(self.covariates)} on them"
-                )
-            columns = [SURFACE_FEATURES.index(name) for name in self.covariates]
-            measured = surface_features(texts)[:, columns].to(h.device)
-            adjusted = adjusted + measured @ self.adjusted_style.T
+        if measured is not None:
+            adjusted = adjusted + measured.to(device, torch.float64) @ self.adjusted_style.T
         if weights is None:
-            gating_weights = self.gate(prompts.double())
+            members = self.gate.member_weights(prompts.to(device, torch.float64))
         else:
-            gating_weights = self._fixed_weights(weights).expand(len(h), -1)
+            members = self._fixed_weights(weights).to(device).expand(1, len(h), -1)
+        gating_weights = members.mean(0)
         parts = contributions(gating_weights, adjusted)
         return RewardOutput(
             objectives=self.objectives.names,
             score=parts.sum(dim=1),
             rewards=rewards,
+            uncertainty=self._deviations(h).to(device),
             adjusted=adjusted,
             gating_weights=gating_weights,
+            # Of equal members too, the root has no slope at zero that could be computed.
+            gating_uncertainty=(members - gating_weights).detach().square().mean(0).sqrt(),
             contributions=parts,
             truncated=torch.zeros(len(parts), dtype=torch.bool),
+            passes=torch.ones(len(parts), dtype=torch.bool),
+            ranges=((0.0, 1.0),) * len(self.objectives.names),
+            higher_is_better=(True,) * len(self.objectives.names),
         )
 
-    def save_pretrained(
-        self, path: str | Path, *, golden: Sequence[Messages] = (), card: str | None = None
+    @torch.no_grad()
+    def _deviations(self, responses: Tensor) -> Tensor:
+        if self.uncertainty is None:
+            return responses.new_full((len(responses), len(self.objectives.names)), torch.nan)
+        return self.uncertainty.deviations(responses.detach().cpu())
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        path: str | Path,
+        *,
+        golden: Sequence[Messages] | None = None,
+        card: str | None = None,
+        include_backbone: bool | None = None,
     ) -> None:
         """Write the model folder.
 
         Args:
             path: The folder; files of the same names are replaced.
-            golden: A few conversations to store with their exact outputs, for `verify`.
-            card: Text of the model card.
+            golden: A few conversations to store with their exact outputs, for `verify`. If None,
+                those of the folder that the model was loaded from.
+            card: Text of the model card; if None, likewise.
+            include_backbone: Whether to copy the backbone's files too, so that the folder needs
+                nothing else; if None, likewise.
 
         Raises:
             ValueError: If a golden conversation has no score.
+            ArtifactError: If the backbone's files are to be copied and are not those it was loaded
+                from.
         """
-        folder = Path(path)
+        folder, source = Path(path), self.folder
+        if golden is None and source is not None:
+            golden = read_json(source / GOLDEN)["conversations"]
+        if card is None and source is not None and (source / CARD).is_file():
+            card = (source / CARD).read_text(encoding="utf-8")
+        if include_backbone is None:
+            include_backbone = source is not None and (source / BACKBONE).is_dir()
         conversations = [
             [{"role": m.role, "content": m.content} for m in parse_messages(messages)]
-            for messages in golden
+            for messages in golden or ()
         ]
         out = self.score(conversations)
         if bool(out.score.isnan().any()):
             number = int(out.score.isnan().nonzero()[0])
             raise ValueError(f"golden conversation {number} has no score: it is too long")
+        if include_backbone:
+            copy_backbone(self.backbone, folder)
+        files = write_tokenizer(self.backbone, folder, measures=bool(self.covariates))
+        (folder / UNCERTAINTY).unlink(missing_ok=True)
+        if self.uncertainty is not None:
+            self.uncertainty.save(folder / UNCERTAINTY)
+            files[UNCERTAINTY] = digest_file(folder / UNCERTAINTY)
         config = ModelConfig(
-            self.objectives, self.backbone.spec, self.gate.shape, self.covariates, self.links
+            self.objectives,
+            self.backbone.spec,
+            self.gate.shape,
+            self.covariates,
+            self.links,
+            files=files,
         )
         write_json(folder / CONFIG, config.to_dict())
-        write_tensors(folder / WEIGHTS, self.state_dict())
-        write_json(
-            folder / GOLDEN,
-            {
-                "made_with": {
-                    name: importlib.metadata.version(name) for name in ("torch", "transformers")
-                },
-                "conversations": conversations,
-                "score": out.score.tolist(),
-                "rewards": out.rewards.tolist(),
-                "adjusted": out.adjusted.tolist(),
-                "gating_weights": out.gating_weights.tolist(),
-                "beta": float(self.beta),
-            },
+        write_tensors(
+            folder / WEIGHTS, self._own_tensors(), metadata={SEAL: config_seal(config.to_dict())}
         )
+        write_golden(folder / GOLDEN, conversations, out, beta=float(self.beta))
         if card is not None:
             write_text(folder / CARD, card)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        include_backbone: bool | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload an armo reward model",
+    ) -> str:
+        """Upload the model folder to the hub.
+
+        Args:
+            repo_id: Where; made if it is not there.
+            include_backbone: As for `save_pretrained`.
+            private: Whether a repository that is made is private; the hub's default if None.
+            token: For the hub.
+            revision: Branch to upload to.
+            commit_message: Of the upload.
+
+        Returns:
+            Address of the commit.
+        """
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, include_backbone=include_backbone)
+            commit = api.upload_folder(
+                repo_id=repo, folder_path=folder, revision=revision, commit_message=commit_message
+            )
+        return str(commit.commit_url)
 
     def verify(self) -> float:
         """Score the golden conversations of the folder this model was loaded from again.
@@ -390,49 +628,71 @@ class ArmoRewardModel(nn.Module):
             The largest absolute deviation of any score, reward, gating weight, or of `beta`.
 
         Raises:
-            ArtifactError: If there are none, or the deviation is above `GOLDEN_TOLERANCE`.
+            ArtifactError: If there are none, or one deviates by more than `GOLDEN_TOLERANCE`,
+                naming the first row and field that does.
         """
         if self.folder is None:
             raise ArtifactError("This model was not loaded from a folder; save and load it first.")
-        golden = read_json(self.folder / GOLDEN)
-        if not golden["conversations"]:
-            raise ArtifactError(f"{self.folder / GOLDEN}: no golden conversations to verify with")
+        golden = read_golden(self.folder / GOLDEN, self.objectives.names)
         out = self.score(golden["conversations"])
-        pairs = [
-            (getattr(out, name), torch.tensor(golden[name], dtype=torch.float64))
-            for name in ("score", "rewards", "adjusted", "gating_weights")
-        ]
-        pairs.append((self.beta, torch.tensor(golden["beta"], dtype=torch.float64)))
-        deviation = float(torch.stack([(now - then).abs().max() for now, then in pairs]).max())
-        tolerance = GOLDEN_TOLERANCE[self.backbone.spec.dtype]
-        if not deviation <= tolerance:  # nor NaN
-            raise ArtifactError(
-                f"{self.folder}: golden outputs deviate by {deviation:.2g}, more than "
-                f"{tolerance:g}: the backbone, a library or a file is not what the model was made "
-                f"with"
-            )
-        return deviation
+        dtype = str(self.backbone.model.dtype).removeprefix("torch.")
+        return compare_golden(
+            self.folder, golden, out, beta=float(self.beta), tolerance=GOLDEN_TOLERANCE[dtype]
+        )
 
     def _score(
         self,
         conversations: Sequence[Conversation],
         *,
         weights: Mapping[str, float] | None,
-        scale: Literal["unit", "rating"],
+        scale: Scale,
+        thresholds: Mapping[str, float] | None,
         batch_size: int | None,
     ) -> RewardOutput:
-        if scale not in ("unit", "rating"):
-            raise ValueError(f"`scale` must be unit or rating, got {scale!r}.")
+        if scale not in get_args(Scale):
+            raise ValueError(f"`scale` must be {' or '.join(get_args(Scale))}, got {scale!r}.")
+        limits = self._limits(thresholds or {})
         prompts, responses, truncated = self._embed(conversations, batch_size=batch_size)
         texts = [conversation.response for conversation in conversations]
         out = self.score_embeddings(responses, prompts, texts=texts, weights=weights)
         skipped = responses.isnan().any(dim=1)
-        weights_or_nan = out.gating_weights.masked_fill(skipped[:, None], torch.nan)
-        out = replace(out, truncated=truncated, gating_weights=weights_or_nan)
-        if scale == "unit":
+        for name in ("gating_weights", "gating_uncertainty"):
+            known = getattr(out, name).masked_fill(skipped[:, None], torch.nan)
+            out = replace(out, **{name: known})
+        out = replace(out, truncated=truncated)
+        return self._pass(self._rescale(out, scale), limits)
+
+    def _rescale(self, out: RewardOutput, scale: Scale) -> RewardOutput:
+        """Put rewards, which are on [0, 1], on another scale."""
+        if scale == "raw":
             return out
-        scales = torch.tensor([o.scale for o in self.objectives.objectives], dtype=torch.float64)
-        return replace(out, rewards=scales[:, 0] + scales[:, 1] * out.rewards)
+        declared = self.objectives.objectives
+        if scale == "standard":
+            ranges = ((-math.inf, math.inf),) * len(declared)
+            unknown = torch.full_like(out.uncertainty, torch.nan)
+            return replace(out, rewards=out.adjusted, uncertainty=unknown, ranges=ranges)
+        scales = torch.tensor([o.scale for o in declared], dtype=torch.float64)
+        return replace(
+            out,
+            rewards=scales[:, 0] + scales[:, 1] * out.rewards,
+            uncertainty=scales[:, 1].abs() * out.uncertainty,
+            ranges=tuple((float(o.low), float(o.high)) for o in declared),
+            higher_is_better=tuple(o.higher_is_better for o in declared),
+        )
+
+    def _limits(self, thresholds: Mapping[str, float]) -> dict[int, float]:
+        """Thresholds by column."""
+        if wrong := {n: value for n, value in thresholds.items() if not math.isfinite(value)}:
+            raise ValueError(f"`thresholds` must be finite, got {wrong}.")
+        return {self.objectives.index(name): value for name, value in thresholds.items()}
+
+    @staticmethod
+    def _pass(out: RewardOutput, limits: Mapping[int, float]) -> RewardOutput:
+        passes = torch.ones_like(out.passes)
+        for column, limit in limits.items():
+            values = out.rewards[:, column]
+            passes &= values >= limit if out.higher_is_better[column] else values <= limit
+        return replace(out, passes=passes)
 
     def _embed(
         self, conversations: Sequence[Conversation], *, batch_size: int | None
@@ -483,15 +743,7 @@ class ArmoRewardModel(nn.Module):
         )
 
     def _fixed_weights(self, weights: Mapping[str, float]) -> Float[Tensor, " objectives"]:
-        fixed = torch.zeros(len(self.objectives.names), dtype=torch.float64)
-        for name, weight in weights.items():
-            fixed[self.objectives.index(name)] = weight
-        if not bool(((fixed >= 0.0) & fixed.isfinite()).all()) or float(fixed.sum()) <= 0.0:
-            raise ValueError(
-                f"`weights` must not be negative, must be finite and not all zero, got "
-                f"{dict(weights)}."
-            )
-        return fixed / fixed.sum()
+        return torch.tensor(self.objectives.mix(weights), dtype=torch.float64)
 
 
 def _chunks(groups: Sequence[PromptGroup]) -> list[list[PromptGroup]]:
@@ -513,14 +765,33 @@ def _parse_prompt(prompt: Messages | str) -> Prompt:
     return parse_messages(prompt)
 
 
-def _download(id: str, *, revision: str | None) -> Path:
-    """Fetch a model folder from the hub, or say plainly that there is none."""
-    try:
-        return Path(
-            snapshot_download(id, revision=revision, allow_patterns=["*.json", WEIGHTS, CARD])
-        )
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise ArtifactError(
-            f"No model folder at {id}, and the hub could not give a model of that name "
-            f"({type(error).__name__})"
-        ) from None
+def _refuse_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that change something, other than those that the auto classes hand down."""
+    unknown = [
+        name
+        for name, value in options.items()
+        if name not in HANDED_DOWN and value not in (None, False, "", {})
+    ]
+    if unknown:
+        raise TypeError(f"`from_pretrained` does not take {', '.join(unknown)}")
+
+
+def _placement(device: str, device_map: Any, *, auto: bool) -> tuple[str, Any]:
+    """Tell a single device from a map of several."""
+    if isinstance(device_map, Mapping) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None:
+        return ("cpu" if auto and device == "auto" else device), None
+    if isinstance(device_map, int) and not isinstance(device_map, bool):
+        return f"cuda:{device_map}", None
+    if isinstance(device_map, Mapping) or device_map in SPREADING:
+        return device, device_map
+    return str(device_map), None
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    return None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+
+
+AutoModelForSequenceClassification.register(ArmoConfig, ArmoRewardModel, exist_ok=True)
+AutoTokenizer.register(ArmoConfig, fast_tokenizer_class=ArmoTokenizer, exist_ok=True)

@@ -9,13 +9,14 @@ import huggingface_hub.constants
 import pytest
 import torch
 from conftest import conversation, make_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from armo.artifacts import ArtifactError
 from armo.data.conversation import Message
 from armo.data.surface import SURFACE_VERSION
 from armo.embed.backbone import Backbone, BackboneError
-from armo.model.pretrained import ModelConfig, parse_messages
+from armo.model.pretrained import FORMAT, ModelConfig, config_seal, parse_messages
 from armo.model.reward_model import ArmoRewardModel
 
 FIELDS = ("score", "rewards", "adjusted", "gating_weights", "contributions")
@@ -25,6 +26,15 @@ GOLDEN = [
 ]
 MORE = [*GOLDEN, conversation("Is it safe? " * 30, "- one\n- two " * 30)]
 MEASURED = ("bold", "log_length")
+FILES = {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "golden.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 TENSORS = (
     "head_weights",
     "head_intercepts",
@@ -35,7 +45,7 @@ TENSORS = (
     "gate.hidden.0.weight",
     "gate.hidden.0.bias",
     "gate.output.weight",
-    "gate.constant",
+    "gate.output.bias",
     "gate.mean",
     "gate.scale",
 )
@@ -75,10 +85,26 @@ def load(folder):
     return ArmoRewardModel.from_pretrained(folder, device="cpu", batch_tokens=256)
 
 
+def header_of(folder):
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return file.metadata()
+
+
 def change_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
+    file, header = folder / "model.safetensors", header_of(folder)
+    tensors = load_file(file)
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, file, metadata=header)
+
+
+def change_config(folder, change):
+    """Change `config.json` together with its seal, as who makes a model could."""
+    change_json(folder / "config.json", change)
+    values = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors, folder / "model.safetensors", metadata={"config_sha256": config_seal(values)}
+    )
 
 
 def change_json(file, change):
@@ -119,7 +145,7 @@ def test_links_are_saved_loaded_and_verified_and_change_the_rewards_alone(encode
     assert torch.equal(out.rewards[:, 1:4], linear.rewards[:, 1:4])
     torch.testing.assert_close(out.rewards[:, [0, 4]], linear.rewards[:, [0, 4]].sigmoid())
     # Without its links the model gives other rewards than it was saved with.
-    change_json(tmp_path / "model" / "config.json", lambda c: c.update(links=["identity"] * 5))
+    change_config(tmp_path / "model", lambda c: c.update(links=["identity"] * 5))
     with pytest.raises(ArtifactError, match="golden outputs deviate"):
         load(tmp_path / "model").verify()
 
@@ -127,7 +153,7 @@ def test_links_are_saved_loaded_and_verified_and_change_the_rewards_alone(encode
 def test_saving_what_was_loaded_writes_the_same_files(saved, tmp_path):
     load(saved).save_pretrained(tmp_path, golden=GOLDEN, card="# A card\n")
     names = {file.name for file in saved.iterdir()}
-    assert names == {"config.json", "model.safetensors", "golden.json", "README.md"}
+    assert names == FILES
     assert names == {file.name for file in tmp_path.iterdir()}
     for name in names:
         assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
@@ -192,10 +218,9 @@ def test_a_changed_tensor_does_not_verify(folder, name):
         load(folder).verify()
 
 
-def test_a_tensor_of_nan_does_not_verify(folder):
+def test_a_tensor_of_nan_is_named(folder):
     change_tensors(folder, lambda tensors: tensors["head_weights"].fill_(torch.nan))
-    with pytest.raises(ArtifactError, match=r"model\.safetensors|golden outputs deviate"):
-        load(folder).verify()
+    assert "model.safetensors: not finite: head_weights" in error_of(folder)
 
 
 def test_a_folder_without_golden_conversations_does_not_verify(encoder, tmp_path):
@@ -251,9 +276,9 @@ def test_a_missing_file_is_named(folder, name):
     assert f"No such file: {folder / name}" in error_of(folder)
 
 
-@pytest.mark.parametrize("key", ["digest", "tokenizer_digest"])
+@pytest.mark.parametrize("key", ["digest", "tokenizer_digest", "config_digest"])
 def test_another_backbone_is_refused(folder, key):
-    change_json(folder / "config.json", lambda config: config["backbone"].update({key: "0" * 64}))
+    change_config(folder, lambda config: config["backbone"].update({key: "0" * 64}))
     with pytest.raises(BackboneError, match=r"expected 0{64}|not the expected one"):
         load(folder)
 
@@ -277,9 +302,14 @@ def test_a_backbone_that_is_nowhere_is_named(folder):
         (lambda config: config["gate"].pop("dim"), "dim"),
         (lambda config: config["gate"].update(objectives=4), "objectives"),
         (lambda config: config["gate"].update(colour="red"), "colour"),
-        (lambda config: config.update(format=1), "not an armo model of format 2"),
-        (lambda config: config.update(model_type="bert"), "not an armo model of format 2"),
-        (lambda config: config.update(format=3), "not an armo model of format 2"),
+        (lambda config: config.update(format=FORMAT - 1), "make it again with this armo"),
+        (lambda config: config.update(format=FORMAT + 1), "install a newer armo"),
+        (lambda config: config.update(format=str(FORMAT)), "not an armo model of format"),
+        (lambda config: config.update(model_type="bert"), "not an armo model of format"),
+        (lambda config: config.pop("files"), "'files' is missing"),
+        (lambda config: config.update(files=["tokenizer.json"]), "`files` must be digests"),
+        (lambda config: config.update(files={"../up.json": "0"}), "`files` must be digests"),
+        (lambda config: config.update(auto_map={"AutoModel": "x.Y"}), "unknown field 'auto_map'"),
         (lambda config: config.pop("links"), "'links' is missing"),
         (lambda config: config.update(links="identity"), "`links` must be a list of 5"),
         (lambda config: config["links"].pop(), "`links` must be a list of 5, one of identity, "),
@@ -332,7 +362,7 @@ def test_covariates_that_are_fewer_than_their_coefficients_are_refused(folder):
 
 
 def test_covariates_in_another_order_do_not_verify(folder):
-    change_json(folder / "config.json", lambda config: config["covariates"]["names"].reverse())
+    change_config(folder, lambda config: config["covariates"]["names"].reverse())
     with pytest.raises(ArtifactError, match="golden outputs deviate"):
         load(folder).verify()
 
@@ -340,7 +370,7 @@ def test_covariates_in_another_order_do_not_verify(folder):
 def test_no_covariates_are_kept_as_none_and_need_no_version(encoder, tmp_path):
     make_model(encoder).save_pretrained(tmp_path, golden=GOLDEN)
     assert load_file(tmp_path / "model.safetensors")["adjusted_style"].shape == (5, 0)
-    change_json(tmp_path / "config.json", lambda config: config["covariates"].update(version=0))
+    change_config(tmp_path, lambda config: config["covariates"].update(version=0))
     loaded = load(tmp_path)
     assert loaded.covariates == ()
     assert loaded.adjusted_style.shape == (5, 0)

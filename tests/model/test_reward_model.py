@@ -64,15 +64,16 @@ def embed_alone(backbone, messages):
 
 
 def gate_slowly(gate, prompt):
-    hidden = (prompt - gate.mean) / gate.scale
-    for layer in gate.hidden:
-        hidden = (layer.weight @ hidden + layer.bias).clamp(min=0)
-    logits = ((gate.constant + gate.output.weight @ hidden) / gate.temperature).tolist()
-    total = sum(math.exp(logit) for logit in logits)
-    weights = [0.0] * gate.objectives
-    for column, logit in zip(gate.mixed.tolist(), logits, strict=True):
-        weights[column] = math.exp(logit) / total
-    return torch.tensor(weights, dtype=torch.float64)
+    total = torch.zeros(gate.objectives, dtype=torch.float64)
+    for member in range(gate.members):
+        hidden = (prompt - gate.mean) / gate.scale
+        for layer in gate.hidden:
+            hidden = (layer.weight[member] @ hidden + layer.bias[member]).clamp(min=0)
+        logits = gate.output.weight[member] @ hidden + gate.output.bias[member]
+        powers = [math.exp(float(logit) / gate.temperature) for logit in logits]
+        for column, power in zip(gate.mixed.tolist(), powers, strict=True):
+            total[column] += power / sum(powers) / gate.members
+    return total
 
 
 def measure(text, name):

@@ -1,0 +1,97 @@
+"""What a scoring model answers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RewardOutput:
+    """Scores and what they are made of; float64, rows in the order of the input.
+
+    Attributes:
+        objectives: Names of the columns.
+        score: The number that ranks responses to a prompt: the sum of the contributions.
+        rewards: What a rater would say, on the scale asked for; not clipped. Of objectives
+            learned from yes or no, or from judged pairs alone, a probability: of a yes, or of being
+            judged better than the mean training response.
+        uncertainty: Standard deviation of a rating about its reward, on the scale of the rewards;
+            larger far from the training responses. NaN where it is not known: on the standard
+            scale, and for objectives or models without it.
+        adjusted: Rewards standardised and decorrelated from style.
+        gating_weights: Non-negative, sum to one; from the prompt alone.
+        gating_uncertainty: Standard deviation of each weight between the members of the gate, which
+            were trained on other prompts each; zero under the caller's weights.
+        contributions: Gating weight times adjusted reward.
+        truncated: Whether the conversation was longer than the backbone reads, and was cut. One
+            that is skipped instead (`on_overlong: skip`) has NaN everywhere.
+        passes: Whether each reward is as good as its threshold; all, where there is none. One that
+            is skipped does not pass a threshold.
+        ranges: The ends of each objective's scale, lowest first, in the order of `objectives`:
+            infinite on the standard scale, where the reference responses have mean 0 and
+            variance 1.
+        higher_is_better: Whether the good end of each is the high one. It always is but on the
+            scale of the ratings.
+    """
+
+    objectives: tuple[str, ...]
+    score: Float[Tensor, " batch"]
+    rewards: Float[Tensor, "batch objectives"]
+    uncertainty: Float[Tensor, "batch objectives"]
+    adjusted: Float[Tensor, "batch objectives"]
+    gating_weights: Float[Tensor, "batch objectives"]
+    gating_uncertainty: Float[Tensor, "batch objectives"]
+    contributions: Float[Tensor, "batch objectives"]
+    truncated: Bool[Tensor, " batch"]
+    passes: Bool[Tensor, " batch"]
+    ranges: tuple[tuple[float, float], ...]
+    higher_is_better: tuple[bool, ...]
+
+
+Scale = Literal["raw", "rating", "standard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Why one response is preferred to another.
+
+    Attributes:
+        probability: That the first response is preferred.
+        score_difference: Score of the first minus score of the second.
+        reasons: Difference of contributions per objective, the largest first; they sum to
+            the score difference.
+    """
+
+    probability: float
+    score_difference: float
+    reasons: dict[str, float]
+
+
+@dataclass
+class RewardModelOutput(ModelOutput):
+    """What Transformers gets for token ids: tensors alone, on the device of the ids.
+
+    Attributes:
+        logits: The score, one column, in float32; a plain number, to which no softmax or sigmoid
+            belongs.
+        rewards: As in `RewardOutput`, like what follows.
+        uncertainty: See there.
+        adjusted: See there.
+        gating_weights: See there.
+        gating_uncertainty: See there.
+        contributions: See there.
+        truncated: See there.
+    """
+
+    logits: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None
+    uncertainty: torch.Tensor | None = None
+    adjusted: torch.Tensor | None = None
+    gating_weights: torch.Tensor | None = None
+    gating_uncertainty: torch.Tensor | None = None
+    contributions: torch.Tensor | None = None
+    truncated: torch.Tensor | None = None

@@ -1,0 +1,53 @@
+"""Makes armo's model folders known to Transformers, once that is asked for models at all.
+
+Transformers imports its parts when they are first used, and registering a class imports most of
+them. So `import armo` registers nothing: it waits for Transformers' own table of configurations.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+
+
+def register() -> None:
+    """Register the configuration with `AutoConfig`, now or as soon as that is imported.
+
+    The configuration in turn registers model and tokenizer, when the first one is read.
+    """
+    if AUTO_CONFIG in sys.modules:
+        _register_config()
+    elif not any(isinstance(finder, _AfterAutoConfig) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterAutoConfig())
+
+
+class _AfterAutoConfig(MetaPathFinder):
+    """Registers the configuration right after `AutoConfig` was made, and is gone."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != AUTO_CONFIG:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _register_config()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register_config() -> None:
+    auto = importlib.import_module(AUTO_CONFIG)
+    config = importlib.import_module("armo.model.config").ArmoConfig
+    auto.AutoConfig.register("armo", config, exist_ok=True)

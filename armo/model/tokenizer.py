@@ -1,0 +1,77 @@
+"""The tokenizer in the model folder of an encoder: it says where the response begins."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# The prompt's turns and the response, as the backbone reads them: `[CLS] prompt [SEP] response
+# [SEP]`.
+ENCODER_TEMPLATE = (
+    "{% if messages[-1]['role'] != 'assistant' %}"
+    "{{ raise_exception('the last message must be the answer of the assistant') }}{% endif %}"
+    "{{ cls_token }}{% for message in messages[:-1] %}{{ message['content'] }}"
+    "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+    "{{ sep_token }}{{ messages[-1]['content'] }}{{ sep_token }}"
+)
+SURFACE = "surface"
+
+
+class ArmoTokenizer(PreTrainedTokenizerFast):
+    """An encoder's tokenizer, with a chat template that separates prompt and response.
+
+    Where the model measures surface features of responses, it also gives `surface`, those of each
+    text's response: they cannot be told from token ids, which know no line breaks.
+    """
+
+    @property
+    def measures(self) -> bool:
+        """Whether it gives `surface`."""
+        # No argument of an own `__init__`: Transformers takes classes that have one for such as
+        # build their tokenizer themselves, and does not read the one in the folder.
+        return bool(self.init_kwargs.get("measures"))
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, *, measures: bool) -> "ArmoTokenizer":
+        """Make one that tokenises as `tokenizer` does."""
+        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        return cls(
+            tokenizer_object=backend,
+            **{
+                name: token if isinstance(token, str) else token.content
+                for name, token in tokenizer.special_tokens_map.items()
+                if not isinstance(token, list)
+            },
+            model_max_length=tokenizer.model_max_length,
+            model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+            chat_template=ENCODER_TEMPLATE,
+            measures=measures,
+        )
+
+    def __call__(self, text: Any = None, text_pair: Any = None, **options: Any) -> BatchEncoding:
+        """Tokenise as any tokenizer does, and measure the responses."""
+        encoded: BatchEncoding = super().__call__(text, text_pair, **options)
+        if self.measures and text is not None:
+            single = isinstance(text, str)
+            texts, pairs = ([text], [text_pair]) if single else (text, text_pair)
+            surface = self._measure(texts, pairs if text_pair is not None else None)
+            if surface is not None:
+                plain = surface[0] if single and "return_tensors" not in options else surface
+                encoded[SURFACE] = plain if "return_tensors" in options else plain.tolist()
+        return encoded
+
+    def _measure(
+        self, texts: Sequence[Any], responses: Sequence[Any] | None
+    ) -> torch.Tensor | None:
+        """Measure the responses; None if a text has none, which the model then says."""
+        from armo.data.surface import surface_features  # only models that measure need it
+
+        if responses is None:
+            parts = [text.removesuffix(self.sep_token).split(self.sep_token) for text in texts]
+            if any(len(part) != 2 for part in parts):
+                return None
+            responses = [part[1] for part in parts]
+        return surface_features(list(responses))

@@ -1,0 +1,465 @@
+"""The model folder in the hands of Transformers."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import conversation, make_model
+from jinja2 import TemplateError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    pipeline,
+)
+
+import armo
+from armo.artifacts import ArtifactError
+from armo.data.conversation import Message
+from armo.embed.boundary import PromptGroup
+from armo.embed.spec import BackboneError
+from armo.model.config import ArmoConfig
+from armo.model.reward_model import ArmoRewardModel
+from armo.model.token_rows import TokenReader, TokenRowError
+from armo.model.tokenizer import ArmoTokenizer
+
+MEASURED = ("bold", "log_length", "questions")
+NAMES = ("rewards", "adjusted", "gating_weights", "gating_uncertainty", "contributions")
+CONVERSATIONS = [
+    conversation("How do I boil an egg?", "Put it in hot water.\n\n- seven minutes\n- **cool**"),
+    conversation("How do I boil an egg?", "No."),
+    conversation("Is this safe? " * 30, "It warns of risks, and says what it cannot know. " * 20),
+    [
+        {"role": "system", "content": "Be honest."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello!"},
+        *conversation("The quick brown fox?", "It jumps over the lazy dog?"),
+    ],
+]
+KINDS = [("encoder", ()), ("encoder", MEASURED), ("causal", ()), ("causal", MEASURED)]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]} {len(kind[1])}")
+def made(request):
+    backbone, covariates = request.param
+    return make_model(request.getfixturevalue(backbone), covariates=covariates)
+
+
+@pytest.fixture(scope="module")
+def folder(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder") / "model"
+    made.save_pretrained(folder, golden=CONVERSATIONS[:2])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def texts(tokenizer):
+    return [tokenizer.apply_chat_template(c, tokenize=False) for c in CONVERSATIONS]
+
+
+def pad(tokenizer, texts, *, side="right"):
+    options = {"add_special_tokens": False, "return_tensors": "pt"}
+    return tokenizer(texts, padding=True, padding_side=side, **options)
+
+
+def test_the_auto_classes_give_the_model_with_its_configuration(folder, model, made):
+    config = AutoConfig.from_pretrained(folder)
+    assert type(config) is type(model.config) is ArmoConfig
+    assert type(model) is ArmoRewardModel
+    assert isinstance(model, PreTrainedModel)
+    assert config.num_labels == model.config.num_labels == 1
+    assert config.problem_type == "regression"
+    assert config.id2label == {0: "score"}
+    assert config.objectives == made.objectives.to_dicts()
+    assert model.base_model is model.backbone.model
+    assert model.name_or_path == str(folder)
+
+
+def test_a_configuration_saved_by_itself_is_the_same_file(folder, tmp_path):
+    AutoConfig.from_pretrained(folder).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved == json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_token_ids_score_as_their_text_whatever_the_padding(model, tokenizer, texts, side):
+    expected = model.score(CONVERSATIONS)
+    out = model(**pad(tokenizer, texts, side=side))
+    assert out.logits.shape == (4, 1)
+    assert out.logits.dtype == torch.float32
+    torch.testing.assert_close(out.logits[:, 0].double(), expected.score, atol=1e-5, rtol=1e-6)
+    for name in NAMES:
+        torch.testing.assert_close(getattr(out, name), getattr(expected, name), atol=1e-5, rtol=0)
+    assert out.truncated.tolist() == expected.truncated.tolist() == [False, False, True, False]
+    for k, text in enumerate(texts):
+        alone = model(**pad(tokenizer, [text]))
+        torch.testing.assert_close(alone.logits[0], out.logits[k], atol=1e-5, rtol=1e-6)
+
+
+def test_a_mask_of_booleans_or_none_is_taken_too(model, tokenizer, texts):
+    ids = pad(tokenizer, texts[:2], side="left")
+    expected = model(**ids).logits
+    ids["attention_mask"] = ids["attention_mask"].bool()
+    assert torch.equal(model(**ids).logits, expected)
+    alone = pad(tokenizer, texts[:1])
+    del alone["attention_mask"]
+    torch.testing.assert_close(model(**alone).logits[0], expected[0], atol=1e-5, rtol=1e-6)
+
+
+def test_a_tuple_is_given_where_one_is_asked_for(model, tokenizer, texts):
+    ids = pad(tokenizer, texts)
+    whole, parts = model(**ids), model(**ids, return_dict=False)
+    assert torch.equal(parts[0], whole.logits)
+    assert len(parts) == 8
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_pipeline_gives_scores(folder, model, texts, batch_size):
+    pipe = pipeline(
+        "text-classification", model=str(folder), function_to_apply="none", batch_size=batch_size
+    )
+    expected = model.score(CONVERSATIONS).score.tolist()
+    for found in (pipe(texts), pipe(texts, function_to_apply=None)):
+        assert [row["label"] for row in found] == ["score"] * 4
+        assert [row["score"] for row in found] == pytest.approx(expected, abs=1e-5, rel=1e-6)
+
+
+def test_a_tokenizer_saved_with_the_model_tokenises_as_the_backbone_does(made, tokenizer):
+    for text in ("How do I boil an egg?", "- one\n- two\n**three**", "naïve 犬 🙂"):
+        for added in (True, False):
+            expected = made.backbone.tokenizer(text, add_special_tokens=added)["input_ids"]
+            assert tokenizer(text, add_special_tokens=added)["input_ids"] == expected
+
+
+def test_no_gradient_is_kept_unless_it_is_asked_for(folder, tokenizer, texts):
+    model = ArmoRewardModel.from_pretrained(folder, device="cpu")
+    ids = pad(tokenizer, texts)
+    plain = model(**ids)
+    assert not plain.logits.requires_grad
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.backbone.model.requires_grad_(True)
+    out = model(**ids)
+    torch.testing.assert_close(out.logits, plain.logits, atol=1e-5, rtol=1e-6)
+    out.logits.sum().backward()
+    weight = model.get_input_embeddings().weight
+    assert bool((weight.grad != 0).any())
+    with torch.no_grad():
+        assert not model(**ids).logits.requires_grad
+    # The slope is that of the score: a small step changes it by as much.
+    step = 1e-3 * weight.grad / weight.grad.norm()
+    with torch.no_grad():
+        weight += step
+        above = model(**ids).logits.double().sum()
+        weight -= 2 * step
+        below = model(**ids).logits.double().sum()
+    slope = float((above - below) / (2 * 1e-3))
+    assert slope == pytest.approx(float(weight.grad.norm()), rel=0.02)
+
+
+def test_the_model_stays_in_evaluation_mode_and_its_heads_in_float64(folder, tokenizer, texts):
+    model = ArmoRewardModel.from_pretrained(folder, device="cpu")
+    ids = pad(tokenizer, texts)
+    expected = model(**ids).logits
+    heads = model.head_weights.clone()
+    assert torch.equal(model.train()(**ids).logits, expected)
+    model.to(torch.bfloat16)
+    assert model.dtype == model.backbone.model.dtype == torch.bfloat16
+    assert torch.equal(model.head_weights, heads)
+    assert {t.dtype for t in model.gate.state_dict().values()} == {torch.float64, torch.int64}
+    low = model(**ids).logits
+    torch.testing.assert_close(low, expected, atol=0.3, rtol=0.1)
+    assert not torch.equal(low, expected)
+
+
+def test_backbone_options_reach_the_backbone_and_verify(folder):
+    for options in ({"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"device": "cpu"}):
+        eager = ArmoRewardModel.from_pretrained(folder, attn_implementation="eager", **options)
+        assert eager.backbone.model.config._attn_implementation == "eager"
+        assert eager.device.type == "cpu"
+        assert eager.verify() < 1e-4
+    auto = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="eager", num_labels=1
+    )
+    assert auto.backbone.model.config._attn_implementation == "eager"
+    assert auto.backbone.spec.dtype == "bfloat16"
+    assert auto.dtype == torch.bfloat16
+    named = ArmoRewardModel.from_pretrained(folder, dtype="bfloat16", device="cpu")
+    assert named.dtype == torch.bfloat16
+
+
+def test_what_would_change_the_model_unseen_is_refused(folder):
+    load = AutoModelForSequenceClassification.from_pretrained
+    with pytest.raises(ArtifactError, match="`num_labels` is 1"):
+        load(folder, num_labels=5)
+    with pytest.raises(TypeError, match="does not take quantization_config"):
+        load(folder, quantization_config={"load_in_4bit": True})
+    config = AutoConfig.from_pretrained(folder)
+    config.objectives[0]["high"] = 7
+    with pytest.raises(ArtifactError, match="was changed"):
+        load(folder, config=config)
+    with pytest.raises(ValueError, match="its weights would be random"):
+        AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+
+
+def run_alone(code, *arguments, **environment):
+    """Run code in a fresh process, as users do; return what it printed last."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_compiled_it_gives_the_same_scores(folder, model, texts):
+    code = """
+import json, sys, torch, armo
+from transformers import AutoTokenizer
+model = armo.ArmoRewardModel.from_pretrained(sys.argv[1], device="cpu")
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+texts = json.loads(sys.argv[2])
+ids = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+compiled = torch.compile(model, backend="eager")
+logits = compiled(**ids).logits[:, 0].tolist()
+fewer = compiled(**{name: values[:2] for name, values in ids.items()}).logits[:, 0].tolist()
+print(json.dumps([logits, fewer]))
+"""
+    logits, fewer = run_alone(code, folder, json.dumps(texts))
+    expected = model.score(CONVERSATIONS).score.tolist()
+    assert logits == pytest.approx(expected, abs=1e-5, rel=1e-6)
+    assert fewer == pytest.approx(expected[:2], abs=1e-5, rel=1e-6)
+
+
+def test_scoring_needs_neither_training_nor_dataset_libraries(folder, model):
+    code = """
+import builtins, json, sys
+for name in ("datasets", "lightning", "hydra", "omegaconf", "pytorch_lightning"):
+    sys.modules[name] = None  # importing it raises ImportError
+import armo
+from transformers import AutoModelForSequenceClassification
+conversations = json.loads(sys.argv[2])
+model = armo.ArmoRewardModel.from_pretrained(sys.argv[1], device="cpu")
+auto = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+print(json.dumps([m.score(conversations).score.tolist() for m in (model, auto)]))
+"""
+    own, auto = run_alone(code, folder, json.dumps(CONVERSATIONS))
+    assert own == auto == pytest.approx(model.score(CONVERSATIONS).score.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from transformers import AutoConfig; import armo",
+        "import armo; from transformers import AutoConfig",
+        "import armo.embed.backbone; from transformers import AutoConfig",
+        "import armo.model.reward_model; from transformers import AutoConfig",
+        "from transformers import AutoModel; import armo; from transformers import AutoConfig",
+    ],
+)
+def test_armo_is_known_to_transformers_whichever_is_imported_first(folder, first):
+    code = f"""
+{first}
+import json, sys
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+config = AutoConfig.from_pretrained(sys.argv[1])
+print(json.dumps([type(x).__name__ for x in (config, model)] + [tokenizer.chat_template]))
+"""
+    config, model, template = run_alone(code, folder)
+    assert (config, model) == ("ArmoConfig", "ArmoRewardModel")
+    assert template == (folder / "chat_template.jinja").read_text()
+
+
+def test_importing_armo_imports_neither_torch_nor_the_parts_of_transformers():
+    code = """
+import json, sys, armo
+before = [name for name in sys.modules if name in ("torch", "transformers", "numpy")]
+print(json.dumps([before, armo.Objective.__name__, armo.RewardOutput.__name__, dir(armo)]))
+"""
+    before, objective, output, names = run_alone(code)
+    assert before == []
+    assert (objective, output) == ("Objective", "RewardOutput")
+    assert names == sorted(armo.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Rewards'"):
+        armo.Rewards  # noqa: B018
+
+
+def test_a_folder_with_its_backbone_needs_no_other(made, tmp_path, request):
+    source = made.backbone.model.name_or_path
+    shutil.copytree(source, tmp_path / "backbone")
+    spec = dataclasses.replace(made.backbone.spec, id=str(tmp_path / "backbone"))
+    from armo.embed.backbone import load_backbone
+
+    mine = make_model(load_backbone(spec, device="cpu"), covariates=made.covariates)
+    mine.save_pretrained(tmp_path / "bare", golden=CONVERSATIONS[:1])
+    mine.save_pretrained(tmp_path / "whole", golden=CONVERSATIONS[:1], include_backbone=True)
+    shutil.rmtree(tmp_path / "backbone")
+    with pytest.raises(BackboneError, match="no backbone"):
+        ArmoRewardModel.from_pretrained(tmp_path / "bare", device="cpu")
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    moved = ArmoRewardModel.from_pretrained(tmp_path / "moved", device="cpu")
+    assert moved.verify() < 1e-9
+    with pytest.raises(ArtifactError, match="are not at"):
+        mine.save_pretrained(tmp_path / "late", include_backbone=True)
+    # Saved again, it keeps its backbone, its golden scores and its digest.
+    moved.save_pretrained(tmp_path / "again")
+    shutil.rmtree(tmp_path / "moved")
+    assert ArmoRewardModel.from_pretrained(tmp_path / "again", device="cpu").verify() < 1e-9
+    first, second = ((tmp_path / name / "config.json").read_text() for name in ("bare", "again"))
+    assert first == second
+
+
+def test_another_backbone_in_the_folder_is_refused(made, tmp_path):
+    made.save_pretrained(tmp_path / "model", include_backbone=True)
+    file = tmp_path / "model" / "backbone" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(BackboneError, match="have SHA-256"):
+        ArmoRewardModel.from_pretrained(tmp_path / "model", device="cpu")
+
+
+# Rows of ids.
+
+
+def test_special_tokens_added_once_more_change_nothing(causal, texts, model, tokenizer):
+    if model.backbone.planner.conversations is None:
+        cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+        before, after = [cls], [sep]
+    else:
+        before, after = [], []
+    row = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+    surface = pad(tokenizer, texts[:1]).get("surface")
+    plain = model(torch.tensor([row]), surface=surface).logits
+    doubled = model(torch.tensor([before + row + after]), surface=surface).logits
+    assert torch.equal(plain, doubled)
+
+
+def test_rows_of_an_encoder_may_be_pairs(encoder):
+    model = make_model(encoder)
+    cls, sep = encoder.tokenizer.cls_token_id, encoder.tokenizer.sep_token_id
+    prompt, response = encoder.tokenizer(["Is it safe?", "Yes."])["input_ids"]
+    out = model(torch.tensor([[cls, *prompt, sep, *response, sep]]))
+    expected = model.score([conversation("Is it safe?", "Yes.")]).score
+    torch.testing.assert_close(out.logits[:, 0].double(), expected, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("c p s r", "row 1 is not"),
+        ("p s r s", "row 1 is not"),
+        ("c p s r s r s", "row 1 is not .*it has 3"),
+        ("c s r s", "row 1 is not"),
+        ("c p r s", "row 1 is not .*it has 1"),
+        ("c p s p s s s", "row 1 is not"),
+    ],
+)
+def test_rows_that_are_no_pair_are_refused(encoder, row, message):
+    model = make_model(encoder)
+    tokenizer = encoder.tokenizer
+    names = {"c": tokenizer.cls_token_id, "s": tokenizer.sep_token_id, "p": 200, "r": 201}
+    good = torch.tensor([names[x] for x in "cpsrs"])
+    rows = [good, torch.tensor([names[x] for x in row.split()])]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(r)) for r in rows], batch_first=True)
+    with pytest.raises(TokenRowError, match=message):
+        model(ids, mask)
+
+
+def test_an_encoder_that_measures_text_asks_for_what_ids_do_not_say(encoder):
+    model = make_model(encoder, covariates=MEASURED)
+    row = [encoder.tokenizer.cls_token_id, 200, encoder.tokenizer.sep_token_id, 201]
+    ids = torch.tensor([[*row, encoder.tokenizer.sep_token_id]])
+    with pytest.raises(ValueError, match=r"`surface` is needed: .* bold, log_length, questions"):
+        model(ids)
+    with pytest.raises(ValueError, match="`surface` must have 15 columns"):
+        model(ids, surface=torch.zeros(1, 3))
+
+
+def test_the_tokenizer_measures_each_response_as_it_is_written(encoder):
+    tokenizer = ArmoTokenizer.of(encoder.tokenizer, measures=True)
+    from armo.data.surface import surface_features
+
+    response = "**Yes**?\n\n- one\n- two"
+    expected = surface_features([response])
+    text = tokenizer.apply_chat_template(conversation("Hi", response), tokenize=False)
+    assert torch.equal(tokenizer([text], return_tensors="pt")["surface"], expected)
+    assert torch.equal(tokenizer("Hi", response, return_tensors="pt")["surface"], expected)
+    assert tokenizer("Hi", response)["surface"] == expected[0].tolist()
+    assert "surface" not in tokenizer("Hi")
+    assert "surface" not in ArmoTokenizer.of(encoder.tokenizer, measures=False)("Hi", response)
+
+
+def test_the_template_of_an_encoder_needs_an_answer(encoder):
+    tokenizer = ArmoTokenizer.of(encoder.tokenizer, measures=False)
+    with pytest.raises(TemplateError, match="answer of the assistant"):
+        tokenizer.apply_chat_template(conversation("Hi", "Yes.")[:1], tokenize=False)
+
+
+# Rows of ids by every family of chat templates.
+
+sys.path.append(os.path.join(os.path.dirname(__file__), "..", "embed"))
+from templates import families, family  # noqa: E402
+
+PROMPTS = [
+    (Message("user", "How do I boil an egg?"),),
+    (Message("user", "Hi"), Message("assistant", "Hello!"), Message("user", "Name\n\na dog ")),
+    (Message("system", "Be honest."), Message("user", "  Is it safe?\n")),
+]
+RESPONSES = ("No.", "\n- one\n- two\n", " It warns.", "<think>\nHm.\n</think>\n\nYes?")
+
+
+# Their templates write plain words where a response begins, or their tokenizers drop white space.
+REFUSED = ("mistral-v0.2", "phi3")
+
+
+def planner_of(tokenizer, position):
+    from armo.embed.plan import TextPlanner
+    from armo.embed.spec import BackboneSpec
+
+    spec = BackboneSpec("a family", prompt_position=position, max_tokens=4096)
+    return TextPlanner(spec, tokenizer)
+
+
+@pytest.mark.parametrize("position", ["turn_end", "generation_prompt"])
+@pytest.mark.parametrize("name", [f.name for f in families()])
+def test_ids_are_planned_as_text_or_refused(name, position):
+    planner = planner_of(family(name).tokenizer, position)
+    reader = TokenReader(planner)
+    for prompt in PROMPTS:
+        for response in RESPONSES:
+            group = PromptGroup(prompt, (response,))
+            expected = planner.plan([group], causal=True, share=False)
+            opening = planner.conversations.open(prompt)
+            text = planner.conversations.join(opening, response)
+            (encoding,) = planner.conversations.encode([text])
+            try:
+                plan, texts = reader.plan([encoding.ids], causal=True)
+            except TokenRowError:
+                assert name in REFUSED
+                continue
+            assert name not in REFUSED
+            assert plan == expected
+            if response.strip() in text:  # some templates leave out thoughts or write them anew
+                assert texts[0].strip() == response.strip()
