@@ -107,8 +107,8 @@ class Trial:
             features=features,
         )
 
-    def mix(self, transforms: FittedTransforms, *, seed: int) -> tuple[Mix, torch.Tensor]:
-        """Train a gate on the training pairs; return it with its best constant mix."""
+    def mix(self, transforms: FittedTransforms, *, seed: int) -> Mix:
+        """Train a gate on the training pairs."""
         with tempfile.TemporaryDirectory() as scratch:
             gate, summary = train_gate(
                 self.data,
@@ -118,8 +118,7 @@ class Trial:
                 folder=Path(scratch),
                 seed=seed,
             )
-        constant = [summary.constant_weights[name] for name in self.data.objectives.names]
-        return Mix(transforms.transform, gate, summary.beta), torch.tensor(constant).double()
+        return Mix(transforms.transform, gate, summary)
 
 
 def _with_functions(data: EmbeddedData) -> EmbeddedData:
@@ -198,7 +197,7 @@ def main() -> None:
         transforms = trial.transforms(methods, features)
         drawn = []
         for seed in seeds:
-            mix, constant = trial.mix(transforms, seed=seed)
+            mix = trial.mix(transforms, seed=seed)
             plain.setdefault(seed, mix)
             drawn.append(
                 figures_of(
@@ -207,7 +206,6 @@ def main() -> None:
                         heads=trial.heads,
                         mix=mix,
                         undecorrelated=plain[seed],
-                        constant_weights=constant,
                         deviation=0.0,
                     )
                 )
