@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ from armo.report.evaluate import Mix, Table, evaluate
 from armo.report.pages import print_tables, save_pages, to_markdown
 
 logger = logging.getLogger(__name__)
+
+# Embeddings read at once.
+READ_ROWS = 65536
 
 STAGES = ("embed", "heads", "decorrelation", "gating", "model", "report")
 FOLDERS = {"embed": "embeddings"} | {name: name for name in STAGES if name != "embed"}
@@ -440,7 +444,8 @@ def run_gating(
                 data,
                 heads,
                 transforms,
-                fit=fit,
+                # A penalty on style decorrelates as well.
+                fit=fit if decorrelated else partial(fit, style_penalty=0.0),
                 folder=folder / f"{name}_training",
                 seed=run.seed,
                 source_weights=source_weights,
@@ -704,9 +709,9 @@ def out_of_fold_rewards(
     folds = heads.fold_of_group[data.tables.group_of_response[rows]]
     rewards = torch.empty(len(rows), len(data.objectives.names), dtype=torch.float64)
     for fold, transform in enumerate(transforms.without_fold):
-        here = (folds == fold).nonzero()[:, 0]
-        style = data.style(rows[here], transform.covariates)
-        rewards[here] = transform.adjusted(data.responses.read(rows[here]), style)
+        for here in (folds == fold).nonzero()[:, 0].split(READ_ROWS):
+            style = data.style(rows[here], transform.covariates)
+            rewards[here] = transform.adjusted(data.responses.read(rows[here]), style)
     return rewards
 
 
@@ -781,10 +786,16 @@ def gating_table(summary: GatingSummary) -> Table:
         ("mix", "loss", "accuracy"),
         (
             ("best constant", summary.constant_loss, summary.constant_accuracy),
-            ("gate", summary.loss, summary.accuracy),
-            ("gate is ahead by", loss.mean, accuracy.mean),
-            ("from", loss.low, accuracy.low),
-            ("to", loss.high, accuracy.high),
+            *(
+                (
+                    ("gate", summary.loss, summary.accuracy),
+                    ("gate is ahead by", loss.mean, accuracy.mean),
+                    ("from", loss.low, accuracy.low),
+                    ("to", loss.high, accuracy.high),
+                )
+                if summary.trained
+                else ()
+            ),
         ),
         f"{summary.verdict} {summary.comparisons} pairs and lists of training prompts, each judged "
         f"by a member that was not trained on it; best epochs "

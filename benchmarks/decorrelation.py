@@ -114,7 +114,7 @@ class Trial:
                 self.data,
                 self.heads,
                 transforms,
-                fit=partial(fit_gating, trainer=self.trainer, progress=False),
+                fit=partial(fit_gating, trainer=self.trainer, progress=False, keep="gate"),
                 folder=Path(scratch),
                 seed=seed,
             )

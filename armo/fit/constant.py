@@ -42,30 +42,48 @@ def fit_constant_mix(
         nuisance: Whether the effect of style itself is estimated beside the weights.
         decay: Pull towards equal weights.
     """
-    values = batch.adjusted[..., list(mixed)].double()
-    measured = batch.style.double() if nuisance else batch.style[..., :0].double()
-    flipped, pair_weights = batch.flipped.double(), batch.weights.double()
-    ahead = on_first(batch.margins.double(), values.shape[1])
+    columns = list(mixed)
+    counts = (~batch.ranks.isnan()).sum(1)
+    # By length: one long list would pad every pair.
+    parts = []
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero()[:, 0]
+        measured = batch.style[rows, :count].double()
+        parts.append(
+            (
+                batch.adjusted[rows, :count][..., columns].double(),
+                measured if nuisance else measured[..., :0],
+                on_first(batch.margins[rows].double(), count),
+                batch.ranks[rows, :count],
+                batch.flipped[rows].double(),
+                batch.weights[rows].double(),
+            )
+        )
+    total = batch.weights.double().sum()
     logits = torch.zeros(len(mixed), dtype=torch.float64, requires_grad=True)
     log_beta = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    style = torch.zeros(measured.shape[2], dtype=torch.float64, requires_grad=True)
+    style = torch.zeros(
+        batch.style.shape[2] if nuisance else 0, dtype=torch.float64, requires_grad=True
+    )
     optimizer = torch.optim.LBFGS(
         [logits, log_beta, style], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        odds = log_beta.exp() * (values @ logits.softmax(dim=0)) + measured @ style - ahead
-        losses = plackett_luce_loss(odds, batch.ranks, flipped=flipped)
-        loss = (losses * pair_weights).sum() / pair_weights.sum()
-        loss = loss + decay * (logits - logits.mean()).square().sum() + decay * log_beta.square()
+        weights, beta = logits.softmax(dim=0), log_beta.exp()
+        loss = decay * (logits - logits.mean()).square().sum() + decay * log_beta.square()
         loss = loss + decay * style.square().sum()
+        for values, measured, ahead, ranks, flipped, counted in parts:
+            odds = beta * (values @ weights) + measured @ style - ahead
+            losses = plackett_luce_loss(odds, ranks, flipped=flipped)
+            loss = loss + (losses * counted).sum() / total
         loss.backward()
         return loss
 
     optimizer.step(closure)
     mix = torch.zeros(batch.adjusted.shape[2], dtype=torch.float64)
-    mix[list(mixed)] = logits.detach().softmax(dim=0)
+    mix[columns] = logits.detach().softmax(dim=0)
     coefficients = torch.zeros(batch.style.shape[2], dtype=torch.float64)
     coefficients[: len(style)] = style.detach()
     return ConstantMix(mix, float(log_beta.detach().exp()), coefficients)

@@ -253,7 +253,8 @@ def diagnose(
         differences: Adjusted rewards of one response minus those of the other.
         objectives: Names of the columns.
     """
-    weights = gate.member_weights(prompts)
+    parts = [gate.member_weights(part) for part in prompts.split(EVALUATED)]
+    weights = torch.cat(parts, dim=1)
     together = weights.mean(0).double()
     mixed = gate.mixed.tolist()
     entropy = torch.special.entr(together).sum(1)
@@ -274,5 +275,5 @@ def diagnose(
         entropy=float(entropy.mean()),
         effective=float(entropy.exp().mean()),
         effective_mean=float(torch.special.entr(mean).sum().exp()),
-        prompt_share=1.0 - float(product.square() / squares.clamp(min=1e-30)),
+        prompt_share=1.0 - float(product.square() / squares) if float(squares) > 0.0 else 0.0,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import lightning as L
 import torch
@@ -39,7 +39,10 @@ Keep = Literal["auto", "gate", "constant"]
 CSV = partial(CSVLogger, name="", version="logs")
 
 # Folder of a training's checkpoint, while it is not finished.
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS = ".unfinished"
+
+# Settings of a trainer that say when it stops or how often it logs.
+LENGTH = ("max_epochs", "max_steps", "max_time", "log_every_n_steps")
 
 # Two-sided 95 % interval of the normal distribution.
 INTERVAL = 1.96
@@ -74,6 +77,7 @@ class GatingSummary:
 
     Attributes:
         comparisons: Pairs and lists trained on.
+        trained: Whether a gate was trained at all.
         kept: What the model scores with: the gate, or the best constant mix.
         epochs: Best epoch of each member; 0 is the constant mix that it started from.
         constant_weights: The best constant mix, by objective.
@@ -92,6 +96,7 @@ class GatingSummary:
     """
 
     comparisons: int
+    trained: bool
     kept: Literal["gate", "constant"]
     epochs: tuple[int, ...]
     constant_weights: dict[str, float]
@@ -114,6 +119,8 @@ class GatingSummary:
     @property
     def verdict(self) -> str:
         """What came of the comparison, in one sentence."""
+        if not self.trained:
+            return "No gate was trained: the constant mix is used."
         gain = self.loss_gain
         shown = f"loss lower by {gain.mean:.4f} [{gain.low:.4f}, {gain.high:.4f}]"
         if self.better:
@@ -311,6 +318,7 @@ class GatingTrainer(L.LightningModule):
             preferences.prompts, distinct // members, distinct % members
         )
         losses = torch.empty_like(preferences.weights)
+        right = torch.empty_like(preferences.weights)
         found = torch.zeros_like(preferences.ranks)
         for rows in torch.arange(len(preferences)).split(EVALUATED):
             batch = preferences.comparisons(rows)
@@ -320,8 +328,9 @@ class GatingTrainer(L.LightningModule):
             odds = odds + torch.einsum("bnf,bf->bn", batch.style, self.style[batch.folds])
             odds = odds - on_first(batch.margins, odds.shape[1])
             losses[rows] = plackett_luce_loss(odds, batch.ranks, flipped=batch.flipped)
+            right[rows] = ranked_right(scores, batch.ranks)
             found[rows, : scores.shape[1]] = scores
-        return OutOfFold(losses, found, ranked_right(found, preferences.ranks))
+        return OutOfFold(losses, found, right)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW; the constant logits, `beta` and the style coefficients are not decayed."""
@@ -394,6 +403,7 @@ class PreferenceDataModule(L.LightningDataModule):
         return DataLoader(rows, sampler=batches, batch_size=None)
 
 
+@torch.random.fork_rng()  # the caller's generators are left alone
 def fit_gating(
     preferences: Preferences,
     *,
@@ -468,12 +478,24 @@ def fit_gating(
     Raises:
         ValueError: If a setting is out of range, or there are fewer distinct prompts than folds.
     """
-    if not 0.0 <= label_smoothing < 0.5 or folds < 2:
+    for name, given, known in (
+        ("keep", keep, get_args(Keep)),
+        ("margins", margins, get_args(Margins)),
+    ):
+        if given not in known:
+            raise ValueError(f"`{name}` knows {', '.join(known)}, not {given!r}.")
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"`label_smoothing` must be from 0 to below 0.5, got {label_smoothing}.")
+    if min(entropy, style_penalty, weight_decay) < 0.0:
+        raise ValueError("`entropy`, `style_penalty` and `weight_decay` must not be negative.")
+    if not isinstance(folds, int) or min(folds - 1, batch_size, patience) < 1:
         raise ValueError(
-            f"`label_smoothing` must be from 0 to below 0.5 and `folds` at least 2, got "
-            f"{label_smoothing} and {folds}."
+            f"`folds` must be at least 2, `batch_size` and `patience` at least 1, got {folds}, "
+            f"{batch_size} and {patience}."
         )
-    L.seed_everything(seed, verbose=False)
+    if style_penalty and not preferences.style.shape[1]:
+        raise ValueError("`style_penalty` needs style features, and there are none.")
+    torch.manual_seed(seed)
     ready = _prepare(
         preferences, margins=margins, smoothing=label_smoothing, folds=folds, seed=seed
     )
@@ -497,7 +519,7 @@ def fit_gating(
         dropout=dropout,
         temperature=temperature,
     )
-    prompts = ready.prompts[ready.prompt_of.unique()]
+    prompts = ready.prompts
     gate.start_from(weights=torch.stack([mix.weights for mix in starts]), prompts=prompts)
     module = GatingTrainer(
         gate,
@@ -512,8 +534,16 @@ def fit_gating(
     )
     constant = module.out_of_fold(ready)
     gated = constant
-    if keep != "constant":
-        settings = [gate.shape, dict(module.hparams), batch_size, patience]
+    # Of one objective, all mixes are the same.
+    trained = keep != "constant" and len(mixed) > 1
+    if trained:
+        # How long to train may change between two tries; how to train may not.
+        how = {
+            name: str(value)
+            for name, value in getattr(trainer, "keywords", {}).items()
+            if name not in LENGTH
+        }
+        settings = [gate.shape, dict(module.hparams), batch_size, patience, how]
         key = digest_json([settings, ready.digest])
         callbacks: list[Callback] = [EarlyStopping("val_loss", mode="min", patience=patience)]
         if progress:
@@ -554,6 +584,7 @@ def fit_gating(
     )
     summary = GatingSummary(
         comparisons=len(ready),
+        trained=trained,
         kept=kept,
         epochs=tuple(module.best_epoch.tolist()),
         constant_weights=dict(zip(objectives, whole.weights.tolist(), strict=True)),
@@ -568,8 +599,9 @@ def fit_gating(
         style=dict(zip(style_names, scale.style.tolist(), strict=True)) if nuisance else {},
         diagnostics=diagnostics,
     )
-    log.log(logging.INFO if summary.better else logging.WARNING, summary.verdict)
-    for sentence in diagnostics.warnings:
+    fine = summary.better or not trained
+    log.log(logging.INFO if fine else logging.WARNING, summary.verdict)
+    for sentence in diagnostics.warnings if trained else ():
         log.warning(sentence)
     return gate.eval(), summary
 
@@ -594,12 +626,17 @@ def _prepare(
     """Apply the settings of the loss, deal the folds, and put everything into usual units."""
     _, groups = preferences.groups.unique(return_inverse=True)
     fold_of_group = deal_folds(groups, folds=folds, group_count=int(groups.max()) + 1, seed=seed)
-    known = preferences.strengths.nan_to_num(1.0 if margins == "scale" else 0.0)
+    # A tie has no side to be ahead on.
+    strengths = preferences.strengths.masked_fill(preferences.flipped == 0.5, torch.nan)
+    known = strengths.nan_to_num(1.0 if margins == "scale" else 0.0)
     weights = preferences.weights * known if margins == "scale" else preferences.weights
     flipped, ranks = preferences.flipped, preferences.ranks
     # A pair that is as likely one way round as the other has no order to get right.
     count = (~ranks.isnan()).sum(1)
     tie = (flipped == 0.5) & (count == 2)
+    apart = ranks.nan_to_num(torch.inf).amin(1) < ranks.nan_to_num(-torch.inf).amax(1)
+    if not bool((apart & ~tie).any()):
+        raise ValueError("no comparison to train the gate on is ordered: all of them are ties")
     longest = int(count.max())
     ready = replace(
         preferences,

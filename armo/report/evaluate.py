@@ -167,8 +167,10 @@ class _Scored:
             self.adjusted[rows] = mix.transform.adjusted(embeddings, style)
             if mix.probe is not None and self.probe is not None:
                 self.probe[rows] = mix.probe.adjusted(embeddings, style)[:, 0]
-        prompts = data.prompts.read(torch.arange(data.prompts.rows))
-        self.prompt_weights = mix.weights(prompts).double()
+        shape = data.prompts.rows, len(data.objectives.names)
+        self.prompt_weights = torch.empty(*shape, dtype=torch.float64)
+        for rows, prompts in data.prompts.batches(torch.arange(data.prompts.rows)):
+            self.prompt_weights[rows] = mix.weights(prompts).double()
         self.weights = self.prompt_weights[data.tables.prompt_of_response]
         self.score = (self.weights * self.adjusted).sum(1)
         constant = [mix.summary.constant_weights[name] for name in data.objectives.names]
@@ -433,7 +435,8 @@ def _weight_tables(data: EmbeddedData, scored: _Scored) -> list[Table]:
                 for name in order
             ),
             f"{note} Spread: standard deviation over prompts. Uncertainty: standard deviation "
-            f"between the members of the gate, each trained on other prompts.",
+            f"between the members of the gate, each trained on other prompts; zero for a constant "
+            f"mix.",
         ),
         Table(
             "gate",

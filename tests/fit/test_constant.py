@@ -1,6 +1,7 @@
 """The best constant mix, against SciPy and scikit-learn."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -293,3 +294,25 @@ def test_the_constant_mix_stays_finite_where_the_pairs_can_be_separated():
     assert float(mix.weights.sum()) == pytest.approx(1.0)
     assert math.isfinite(mix.beta)
     assert mix.style.isfinite().all()
+
+
+def test_a_long_list_changes_nothing_for_the_pairs_beside_it():
+    differences = ranked_pairs([0.5, 0.2, 0.3], beta=2.0, rows=300)
+    pairs = Preferences.of_pairs(draw(300, 1), differences, torch.arange(300))
+    wide = replace(
+        pairs,
+        responses=torch.nn.functional.pad(pairs.responses, (0, 6), value=-1),
+        ranks=torch.nn.functional.pad(pairs.ranks.double(), (0, 6), value=torch.nan),
+    )
+    # One list of eight that counts for nothing.
+    wide.responses[0] = torch.arange(8)
+    wide.ranks[0] = torch.arange(8.0)
+    weights = torch.ones(300, dtype=torch.float64)
+    weights[0] = 0.0
+    rows = torch.arange(300)
+    found, alone = (
+        fit_constant_mix(replace(data, weights=weights).comparisons(rows), mixed=(0, 1, 2))
+        for data in (wide, pairs)
+    )
+    torch.testing.assert_close(found.weights, alone.weights, atol=1e-6, rtol=0)
+    assert found.beta == pytest.approx(alone.beta, rel=1e-5)

@@ -714,7 +714,8 @@ def test_the_constant_mix_is_kept_when_asked_for_and_nothing_is_trained(tmp_path
 
 
 def test_warnings_and_the_verdict_are_logged(tmp_path, caplog):
-    _, summary = fit(Task(depends=False, prompts=50).preferences(), tmp_path, keep="constant")
+    _, summary = fit(Task(depends=False, prompts=50).preferences(), tmp_path, learning_rate=1e-6)
+    assert not summary.better
     assert summary.verdict in caplog.text
     for warning in summary.diagnostics.warnings:
         assert warning in caplog.text
@@ -1226,10 +1227,82 @@ def test_too_few_prompts_to_fill_the_folds_are_counted(tmp_path):
         fit(Task(depends=False, prompts=2).preferences(), tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"label_smoothing": 0.5}, {"folds": 1}])
-def test_settings_out_of_range_are_refused(tmp_path, changes):
-    with pytest.raises(ValueError, match=r"`label_smoothing` must be .* `folds` at least 2"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_smoothing": 0.5}, "`label_smoothing` must be from 0 to below 0.5, got 0.5"),
+        ({"folds": 1}, "`folds` must be at least 2"),
+        ({"folds": 2.5}, "`folds` must be at least 2"),
+        ({"batch_size": 0}, "`batch_size` and `patience` at least 1"),
+        ({"patience": 0}, "`batch_size` and `patience` at least 1"),
+        ({"entropy": -1.0}, "must not be negative"),
+        ({"style_penalty": -1.0}, "must not be negative"),
+        ({"style_penalty": 1.0}, "needs style features"),
+        ({"keep": "gated"}, "`keep` knows auto, gate, constant, not 'gated'"),
+        ({"margins": "subtracted"}, "`margins` knows .*, not 'subtracted'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(tmp_path, no_type_checks, changes, message):
+    with pytest.raises(ValueError, match=message):
         fit(Task(depends=False, prompts=20).preferences(), tmp_path, **changes)
+
+
+def test_what_else_is_in_the_folder_is_left_alone(tmp_path):
+    kept = tmp_path / "checkpoints" / "mine.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    fit(Task(depends=False, prompts=20).preferences(), tmp_path, epochs=1)
+    assert kept.read_text() == "mine"
+
+
+def test_the_callers_random_numbers_are_left_alone(tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    fit(Task(depends=False, prompts=20).preferences(), tmp_path, epochs=1)
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize("margins", ["scale", "subtract"])
+def test_a_tie_has_no_side_and_no_margin(tmp_path, margins):
+    """A tie with its sides swapped is the same tie, whatever margin it says."""
+    fitted = []
+    for sign in (1.0, -1.0):
+        task = Task(depends=False, prompts=60)
+        ties = torch.arange(120) % 3 == 0
+        task.differences[ties] *= sign
+        strengths = torch.where(ties, 0.0 if margins == "scale" else 3.0, 1.0).double()
+        data = task.preferences(strengths=strengths, flipped=torch.where(ties, 0.5, 0.0).double())
+        fitted.append(fit(data, tmp_path / f"{sign}", epochs=1, margins=margins)[1])
+        assert bool((RecordingTrainer.data.weights[ties] > 0.5).all())
+    first, second = (list(summary.constant_weights.values()) for summary in fitted)
+    assert first == pytest.approx(second, abs=1e-5)
+    assert fitted[0].constant_loss == pytest.approx(fitted[1].constant_loss, rel=1e-4)
+
+
+def test_of_one_objective_no_gate_is_trained(tmp_path):
+    gate, summary = fit(
+        Task(depends=True, prompts=40).preferences(), tmp_path, mixed=(2,), keep="auto"
+    )
+    assert (summary.trained, summary.kept, summary.epochs) == (False, "constant", (0, 0, 0))
+    assert summary.verdict == "No gate was trained: the constant mix is used."
+    assert gate(draw(5, 4)).tolist() == [[0.0, 0.0, 1.0]] * 5
+
+
+def test_nothing_but_ties_is_refused_before_training(tmp_path):
+    task = Task(depends=False, prompts=20)
+    data = task.preferences(flipped=torch.full((40,), 0.5, dtype=torch.float64))
+    with pytest.raises(ValueError, match="all of them are ties"):
+        fit(data, tmp_path)
+
+
+def test_a_checkpoint_of_another_kind_of_training_is_not_used(undisturbed, tmp_path):
+    cut_off(tmp_path, StopAt("batch", epoch=2))
+    clipped = functools.partial(RecordingTrainer, gradient_clip_val=1e-3)
+    fresh = fit(noisy(), tmp_path / "fresh", trainer=clipped, **RESUMED)
+    found = fit(noisy(), tmp_path, trainer=clipped, **RESUMED)
+    assert tensors_equal(fresh[0], found[0])
+    assert not tensors_equal(undisturbed[0], found[0])
 
 
 def test_the_logger_is_the_callers(tmp_path):

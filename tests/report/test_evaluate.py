@@ -105,6 +105,7 @@ def summary_of(names, weights, *, beta=1.0, kept="gate", loss_gain=0.02):
     """How a gate was trained, as far as the report asks."""
     return GatingSummary(
         comparisons=9,
+        trained=True,
         kept=kept,
         epochs=(1,),
         constant_weights=dict(zip(names, weights, strict=True)),
