@@ -55,6 +55,7 @@ from armo.fit.judged import Judgements
 from armo.fit.preferences import Preferences
 from armo.fit.probe import can_probe, fit_probe, load_probe, save_probe
 from armo.fit.training import CHECKPOINTS, GatingSummary, load_gating, save_gating
+from armo.model.pretrained import FORMAT
 from armo.model.reward_model import GOLDEN_TOLERANCE, ArmoRewardModel
 from armo.report.evaluate import Mix, Table, evaluate
 from armo.report.pages import print_tables, save_pages, to_markdown
@@ -503,7 +504,7 @@ def run_model(run: Run, *, backbone: Callable[[], Backbone]) -> None:
         model.save_pretrained(folder, golden=golden, card=card)
         run.console.print(f"saved {folder}")
 
-    run.do("model", settings=None, inputs=inputs, work=work)
+    run.do("model", settings={"format": FORMAT}, inputs=inputs, work=work)
 
 
 def run_report(

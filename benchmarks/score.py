@@ -30,7 +30,7 @@ from armo.embed.plan import Plan, Span, TokenSequence
 from armo.embed.spec import BackboneSpec
 from armo.fit.decorrelation import RewardTransform
 from armo.fit.gating import GatingNetwork
-from armo.fit.heads import ObjectiveHeads
+from armo.fit.heads import ObjectiveHeads, RewardUncertainty
 from armo.model.reward_model import ArmoRewardModel
 
 BATCH, TOKENS = 32, 256
@@ -58,7 +58,10 @@ class Figure:
 
 
 def build(backbone: Backbone) -> ArmoRewardModel:
-    """A model of random parts, in the shape of the demo's: five objectives, five gates."""
+    """A model of random parts, in the shape of the demo's: five objectives, five gates.
+
+    Its uncertainty is the dearest there is: no two objectives share a factor.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -68,15 +71,28 @@ def build(backbone: Backbone) -> ArmoRewardModel:
         tuple(Objective(name, 1, 5, bias=name in NAMES[3:]) for name in NAMES)
     )
     count, dim = len(NAMES), backbone.dim
+    heads = ObjectiveHeads(NAMES, draw(count, dim), draw(count))
     return ArmoRewardModel(
         objectives=objectives,
         backbone=backbone,
-        heads=ObjectiveHeads(NAMES, draw(count, dim), draw(count)),
+        heads=heads,
         transform=RewardTransform(
             NAMES, draw(count, dim), draw(count), SURFACE_FEATURES, draw(count, 15)
         ),
         gate=GatingNetwork(dim=dim, objectives=count, mixed=(0, 1, 2), members=5, hidden_dim=64),
         beta=1.0,
+        uncertainty=RewardUncertainty(
+            heads=heads,
+            vectors=draw(count, dim, dim).float(),
+            values=draw(count, dim).abs(),
+            centres=draw(count, dim),
+            shares=torch.full((count,), 1e-3, dtype=torch.float64),
+            factor_of=torch.arange(count),
+            alphas=torch.ones(count, dtype=torch.float64),
+            sigmas=torch.ones(count, dtype=torch.float64),
+            quantiles=torch.ones(count, dtype=torch.float64),
+            miscoverage=0.1,
+        ),
     )
 
 

@@ -96,11 +96,26 @@ class Backbone:
             batch_tokens=batch_tokens,
             decoder=self.planner.conversations is not None,
         )
+        self._versions = _versions(model)
 
     @property
     def dim(self) -> int:
         """Width of an embedding."""
         return self.runner.dim
+
+    def check_unchanged(self) -> None:
+        """Refuse a model whose weights are no longer those that it was loaded with.
+
+        Raises:
+            BackboneError: If they were trained or edited in place, or some were added.
+        """
+        for name, version in _versions(self.model).items():
+            if version > self._versions.get(name, -1):
+                raise BackboneError(
+                    f"{name} of {self.spec.id} was changed after it was loaded, and a backbone is "
+                    f"the frozen one that its spec names; save the trained one as a model of its "
+                    f"own, and fit heads to that"
+                )
 
     def embed(
         self,
@@ -159,6 +174,14 @@ class Backbone:
             )
 
 
+def _versions(model: PreTrainedModel) -> dict[str, int]:
+    """How often each parameter was changed in place; moving and casting it does not count."""
+    return {
+        name: 0 if parameter.is_inference() else parameter._version
+        for name, parameter in model.named_parameters()
+    }
+
+
 def _stretched_beyond(config: PretrainedConfig) -> int | None:
     """Number of positions from which on the longest row of a batch changes all of its rows."""
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -209,6 +232,9 @@ def load_backbone(
     batch_tokens: int | Literal["auto"] = "auto",
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> Backbone:
     """Load the frozen language model that a spec describes, and check that it is that one.
 
@@ -218,18 +244,28 @@ def load_backbone(
         batch_tokens: Padded tokens per batch; halved where memory runs out.
         device_map: Where its parts go, as Transformers spells it, instead of `device`.
         attn_implementation: As Transformers spells it; its choice if None.
+        token: For the hub.
+        cache_dir: Of what comes from the hub.
+        local_files_only: Whether to look in the hub's cache only.
 
     Raises:
-        BackboneError: If the model is not found, or its weights or tokenizer have another digest.
+        BackboneError: If the model is not found, needs code of its own, which is never run, or its
+            weights or tokenizer have another digest.
     """
-    folder = find_weights(spec.id, revision=spec.revision)
+    folder = find_weights(
+        spec.id,
+        revision=spec.revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     digest = weights_digest(folder)
     if spec.digest not in (None, digest):
         raise BackboneError(
             f"the weights of {spec.id} in {folder} have SHA-256 {digest}, expected {spec.digest}: "
             f"another model or revision"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _load_without_code(AutoTokenizer, folder)
     tokenizer_digest = digest_json([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
     if spec.tokenizer_digest not in (None, tokenizer_digest):
         raise BackboneError(f"the tokenizer of {spec.id} in {folder} is not the expected one")
@@ -247,10 +283,21 @@ def load_backbone(
     )
     options = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     if device_map is None:
-        model = AutoModel.from_pretrained(folder, **options).to(place)
+        model = _load_without_code(AutoModel, folder, **options).to(place)
     else:
-        model = AutoModel.from_pretrained(folder, device_map=device_map, **options)
+        model = _load_without_code(AutoModel, folder, device_map=device_map, **options)
     return Backbone(spec, model=model, tokenizer=tokenizer, batch_tokens=batch_tokens)
+
+
+def _load_without_code(kind: Any, folder: Path, **options: Any) -> Any:
+    """Load with an auto class, which neither runs code from the folder nor asks whether it may."""
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False, **options)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise BackboneError(
+            f"{folder}: {kind.__name__} cannot load it, and code of its own is never run: {reason}"
+        ) from error
 
 
 def _config_digest(folder: Path) -> str:
@@ -264,8 +311,22 @@ def _config_digest(folder: Path) -> str:
     return digest_json(values)
 
 
-def find_weights(id: str, *, revision: str | None = None) -> Path:
+def find_weights(
+    id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """Find a model's folder: a local folder, the hub cache, a package, then the hub itself.
+
+    Args:
+        id: Folder or hub id.
+        revision: Of the hub id.
+        token: For the hub.
+        cache_dir: Of what comes from the hub.
+        local_files_only: Whether to leave out the hub itself.
 
     Raises:
         BackboneError: If it is in none of them.
@@ -275,7 +336,13 @@ def find_weights(id: str, *, revision: str | None = None) -> Path:
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
         cached = Path(
-            snapshot_download(id, revision=revision, allow_patterns=wanted, local_files_only=True)
+            snapshot_download(
+                id,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=wanted,
+                local_files_only=True,
+            )
         )
         if list(cached.glob("*.safetensors")):
             return cached
@@ -284,7 +351,16 @@ def find_weights(id: str, *, revision: str | None = None) -> Path:
     if id in PACKAGED and (packaged := _packaged_folder(PACKAGED[id])) is not None:
         return packaged
     try:
-        return Path(snapshot_download(id, revision=revision, allow_patterns=wanted))
+        return Path(
+            snapshot_download(
+                id,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=wanted,
+            )
+        )
     except Exception as error:
         package = PACKAGED.get(id)
         hint = f", nor in the package {package} (`pip install 'armo[embedded]'`)" if package else ""

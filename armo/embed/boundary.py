@@ -29,6 +29,11 @@ _STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 # space to trim and nothing to escape.
 PROBE = "armoprobe"
 
+_REFUSE_SYSTEM = (
+    "{% for m in messages if m['role'] == 'system' %}"
+    "{{ raise_exception('give system text to `score`') }}{% endfor %}"
+)
+
 
 class BoundaryError(ValueError):
     """The end of the prompt cannot be located in a templated conversation.
@@ -138,10 +143,18 @@ class ConversationTokenizer:
 
     @property
     def template(self) -> str:
-        """The chat template with its dates pinned, for others to render the same text with."""
-        if "date_string" not in self._template:
-            return self._template
-        return f"{{% set date_string = '{PINNED_DATE:%d %b %Y}' %}}{self._template}"
+        """The chat template with its dates pinned, for others to render the same text with.
+
+        Where system text has to be folded into a user turn, which a template cannot do for all,
+        it refuses that text instead.
+        """
+        before = ""
+        if "date_string" in self._template:
+            before += f"{{% set date_string = '{PINNED_DATE:%d %b %Y}' %}}"
+        if not self._takes_system:
+            before += _REFUSE_SYSTEM
+        # A line of its own, which is not rendered: templates are trimmed by lines.
+        return f"{before}\n{self._template}" if before else self._template
 
     def tokenise(self, groups: Sequence[PromptGroup]) -> list[GroupTokens]:
         """Tokenise prompts and the conversations that they begin, all in one batch.

@@ -102,7 +102,7 @@ def write_export(model: ArmoRewardModel, folder: Path, plan: Plan, *, format: Fo
         raise ExportError(
             f"the files that {model.backbone.spec.id} was loaded from are not at {source} any more"
         )
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     assert model.backbone.planner.conversations is not None
     tokenizer.chat_template = model.backbone.planner.conversations.template
     pad = _pad_token(model, tokenizer)
@@ -129,6 +129,8 @@ def write_export(model: ArmoRewardModel, folder: Path, plan: Plan, *, format: Fo
     state |= {name: tensor.float().contiguous() for name, tensor in plan.heads.items()}
     shell.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     write_json(folder / "config.json", config)  # as it was, not as this version spells it
+    for file in folder.glob("*.safetensors"):  # which are written for their owner alone
+        file.chmod((folder / "config.json").stat().st_mode & 0o777)
     (folder / "generation_config.json").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     # As Transformers 4 spells it, with which most servers still run; 5 reads that as well.
@@ -212,12 +214,14 @@ def check_export(
         ExportError: If it is too large.
     """
     trunk = model.backbone.model
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     texts = [_render(tokenizer, conversation) for conversation in conversations]
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
     inputs = {name: batch[name].to(trunk.device) for name in ("input_ids", "attention_mask")}
     kind = AutoModel if format == "armorm" else AutoModelForSequenceClassification
-    loaded, info = kind.from_pretrained(folder, dtype=trunk.dtype, output_loading_info=True)
+    loaded, info = kind.from_pretrained(
+        folder, dtype=trunk.dtype, output_loading_info=True, trust_remote_code=False
+    )
     if info["missing_keys"]:
         raise ExportError(f"the export lacks {', '.join(sorted(info['missing_keys']))}")
     outputs = loaded.eval().to(trunk.device)(**inputs)

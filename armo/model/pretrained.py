@@ -1,17 +1,20 @@
 """The model folder: `config.json`, `model.safetensors`, `golden.json`; strict both ways.
 
 Beside them are the files of a tokenizer, whose digests `config.json` holds, and in `backbone` those
-of the backbone, if it was asked for. The digest of `config.json` is in the header of the tensors,
-so that neither is changed alone. Nothing in a folder is ever executed.
+of the backbone, if it was asked for. A digest of `config.json` and of the tensors is in the header
+of the tensors, so that neither is changed unseen. Nothing in a folder is ever executed.
 """
 
+import copy
+import hashlib
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
@@ -36,17 +39,31 @@ from armo.fit.judged import Link
 from armo.model.config import FIELDS, ArmoConfig
 from armo.model.tokenizer import ArmoTokenizer
 
-FORMAT = 4
+FORMAT = 5
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 GOLDEN = "golden.json"
 CARD = "README.md"
 BACKBONE = "backbone"
-SEAL = "config_sha256"
+SEAL = "sha256"
 
 # What is copied of a backbone, or fetched of a model from the hub: no code, no pickles.
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 TOKEN_PROBE = "How do I boil an egg?\n\n1. Put it in *hot* water: 7 minutes; naïve, 犬 🙂."
+# Names under which tokenizers are saved; those that a save does not write are another model's.
+TOKENIZERS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl")
 
 
@@ -172,10 +189,19 @@ def _files(files: Any) -> dict[str, str]:
     return dict(files)
 
 
-def config_seal(values: Mapping[str, Any]) -> str:
-    """Digest what `config.json` says, but for where the backbone is to be found."""
+def folder_seal(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Digest what `config.json` says, but for where the backbone is to be found, and tensors."""
     backbone = {k: v for k, v in values["backbone"].items() if k not in ("id", "revision")}
-    return digest_json({**values, "backbone": backbone})
+    return digest_json([{**values, "backbone": backbone}, _tensors_digest(tensors)])
+
+
+def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_folder(
@@ -220,10 +246,10 @@ def load_folder(
         raise ArtifactError(f"{folder / WEIGHTS}: gate.mixed is not what {CONFIG} declares")
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         sealed = (file.metadata() or {}).get(SEAL)
-    if sealed != config_seal(values):
+    if sealed != folder_seal(values, tensors):
         raise ArtifactError(
-            f"{path}: changed after it was written, or {WEIGHTS} is another model's: its digest "
-            f"is not the one in {WEIGHTS}"
+            f"{folder}: {CONFIG} or {WEIGHTS} was changed after it was written, or {WEIGHTS} is "
+            f"another model's: their digest is not the one in {WEIGHTS}"
         )
     for name, digest in declared.files.items():
         if not (folder / name).is_file():
@@ -350,15 +376,54 @@ def copy_backbone(backbone: Backbone, folder: Path) -> None:
             shutil.copyfile(file, temporary)
 
 
+def refuse_own_backbone(backbone: Backbone, folder: Path) -> None:
+    """Refuse to save without its backbone into the folder that the backbone is read from.
+
+    Raises:
+        ArtifactError: If that is the folder.
+    """
+    source = Path(str(backbone.model.name_or_path)).resolve()
+    if (folder / BACKBONE).is_dir() and source == (folder / BACKBONE).resolve():
+        raise ArtifactError(
+            f"{folder}: the backbone is read from this folder; save to another one, or with "
+            f"`include_backbone=True`"
+        )
+
+
+def remove_stale(folder: Path, *, written: Collection[str]) -> None:
+    """Remove what another model left in its folder, of the names that models are saved under.
+
+    A folder that is no model's keeps all it has.
+
+    Args:
+        folder: The model folder, before its `config.json` is replaced.
+        written: What is the new model's own.
+    """
+    try:
+        values = read_json(folder / CONFIG)
+    except ArtifactError:
+        return
+    if not isinstance(values, dict) or values.get("model_type") != "armo":
+        return
+    for name in (*TOKENIZERS, UNCERTAINTY, CARD):
+        if name not in written:
+            (folder / name).unlink(missing_ok=True)
+    if BACKBONE not in written:
+        shutil.rmtree(folder / BACKBONE, ignore_errors=True)
+
+
 def write_tokenizer(backbone: Backbone, folder: Path, *, measures: bool) -> dict[str, str]:
     """Write a tokenizer whose ids the model reads; return the digest of each file.
 
-    That is the backbone's own where it has a chat template. An encoder's gets one.
+    That is the backbone's own where it has a chat template, which then renders the text that
+    `score` reads. An encoder's gets one.
     """
     tokenizer = backbone.tokenizer
     if backbone.planner.conversations is None:
         tokenizer = ArmoTokenizer.of(tokenizer, measures=measures)
     else:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = backbone.planner.conversations.template
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
     digests = {}

@@ -26,14 +26,16 @@ def register() -> None:
 
 
 class _AfterAutoConfig(MetaPathFinder):
-    """Registers the configuration right after `AutoConfig` was made, and is gone."""
+    """Registers the configuration right after `AutoConfig` was made.
+
+    It stays: some ask where a module is, and import it only later or never.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != AUTO_CONFIG:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec

@@ -45,13 +45,15 @@ from armo.model.pretrained import (
     SEAL,
     WEIGHTS,
     ModelConfig,
-    config_seal,
     copy_backbone,
     download_folder,
+    folder_seal,
     load_folder,
     parse_messages,
     place_backbone,
     read_uncertainty,
+    refuse_own_backbone,
+    remove_stale,
     write_tokenizer,
 )
 from armo.model.token_rows import TokenReader
@@ -72,13 +74,8 @@ HANDED_DOWN = (
     "_commit_hash",
     "_from_auto",
     "_from_pipeline",
-    "adapter_kwargs",
-    "force_download",
     "low_cpu_mem_usage",
-    "proxies",
     "torch_dtype",
-    "trust_remote_code",
-    "use_safetensors",
 )
 SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -145,6 +142,7 @@ class ArmoRewardModel(PreTrainedModel):
             objectives, backbone.spec, gate.shape, transform.covariates, heads.links
         )
         super().__init__(ArmoConfig(**declared.to_dict()))
+        self.num_labels = 1
         self.objectives = objectives
         self.backbone = backbone
         # Under its own name too, so that it goes where the model goes.
@@ -201,7 +199,7 @@ class ArmoRewardModel(PreTrainedModel):
                 stay in float64.
             device_map: A device, or for a backbone in several places what Transformers takes.
             attn_implementation: Of the backbone, as Transformers spells it.
-            token: For the hub.
+            token: For the hub; for the backbone too, as the next two.
             cache_dir: Of what comes from the hub.
             local_files_only: Whether to look in the hub's cache only.
             more: What the auto classes hand to every model; anything else is refused.
@@ -210,6 +208,7 @@ class ArmoRewardModel(PreTrainedModel):
             ArtifactError: If a file or tensor is missing, unexpected, changed or of another shape.
             BackboneError: If the backbone is not found or has another digest.
             TypeError: If an option is not known.
+            ValueError: If both `device` and `device_map` are given.
         """
         _refuse_options(more)
         folder = Path(path).expanduser()
@@ -240,6 +239,9 @@ class ArmoRewardModel(PreTrainedModel):
                 batch_tokens=batch_tokens,
                 device_map=device_map,
                 attn_implementation=attn_implementation,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
             ),
             heads=heads,
             transform=RewardTransform(
@@ -255,6 +257,8 @@ class ArmoRewardModel(PreTrainedModel):
         )
         model.backbone.spec = replace(model.backbone.spec, id=spec.id, revision=spec.revision)
         model.folder = folder
+        made = ArmoConfig(**read_json(folder / CONFIG)) if config is None else config
+        model.config = copy.deepcopy(made)
         model.name_or_path = model.config.name_or_path = str(path)
         return model
 
@@ -504,6 +508,9 @@ class ArmoRewardModel(PreTrainedModel):
             members = self.gate.member_weights(prompts.to(device, torch.float64))
         else:
             members = self._fixed_weights(weights).to(device).expand(1, len(h), -1)
+        # A response that was skipped has no score, and so no weights either.
+        skipped = h.isnan().any(dim=1)[:, None]
+        members = members.masked_fill(skipped, torch.nan)
         gating_weights = members.mean(0)
         parts = contributions(gating_weights, adjusted)
         return RewardOutput(
@@ -539,7 +546,7 @@ class ArmoRewardModel(PreTrainedModel):
         """Write the model folder.
 
         Args:
-            path: The folder; files of the same names are replaced.
+            path: The folder; of a model that was there, nothing is left.
             golden: A few conversations to store with their exact outputs, for `verify`. If None,
                 those of the folder that the model was loaded from.
             card: Text of the model card; if None, likewise.
@@ -548,8 +555,9 @@ class ArmoRewardModel(PreTrainedModel):
 
         Raises:
             ValueError: If a golden conversation has no score.
+            BackboneError: If the backbone was trained, which no folder would hold.
             ArtifactError: If the backbone's files are to be copied and are not those it was loaded
-                from.
+                from; or are in this very folder, and not to be in it.
         """
         folder, source = Path(path), self.folder
         if golden is None and source is not None:
@@ -562,29 +570,37 @@ class ArmoRewardModel(PreTrainedModel):
             [{"role": m.role, "content": m.content} for m in parse_messages(messages)]
             for messages in golden or ()
         ]
+        self.backbone.check_unchanged()
         out = self.score(conversations)
         if bool(out.score.isnan().any()):
             number = int(out.score.isnan().nonzero()[0])
             raise ValueError(f"golden conversation {number} has no score: it is too long")
         if include_backbone:
             copy_backbone(self.backbone, folder)
+        else:
+            refuse_own_backbone(self.backbone, folder)
         files = write_tokenizer(self.backbone, folder, measures=bool(self.covariates))
-        (folder / UNCERTAINTY).unlink(missing_ok=True)
         if self.uncertainty is not None:
             self.uncertainty.save(folder / UNCERTAINTY)
             files[UNCERTAINTY] = digest_file(folder / UNCERTAINTY)
+        kept = [
+            name for name, own in ((CARD, card is not None), (BACKBONE, include_backbone)) if own
+        ]
+        remove_stale(folder, written=[*files, *kept])
+        # It may have been cast since it was loaded; one of float64 is as good as of float32.
+        dtype = _dtype_name(self.backbone.model.dtype)
+        spec = self.backbone.spec
         config = ModelConfig(
             self.objectives,
-            self.backbone.spec,
+            replace(spec, dtype=dtype) if dtype in GOLDEN_TOLERANCE else spec,
             self.gate.shape,
             self.covariates,
             self.links,
             files=files,
         )
-        write_json(folder / CONFIG, config.to_dict())
-        write_tensors(
-            folder / WEIGHTS, self._own_tensors(), metadata={SEAL: config_seal(config.to_dict())}
-        )
+        values, tensors = config.to_dict(), self._own_tensors()
+        write_json(folder / CONFIG, values)
+        write_tensors(folder / WEIGHTS, tensors, metadata={SEAL: folder_seal(values, tensors)})
         write_golden(folder / GOLDEN, conversations, out, beta=float(self.beta))
         if card is not None:
             write_text(folder / CARD, card)
@@ -635,10 +651,9 @@ class ArmoRewardModel(PreTrainedModel):
             raise ArtifactError("This model was not loaded from a folder; save and load it first.")
         golden = read_golden(self.folder / GOLDEN, self.objectives.names)
         out = self.score(golden["conversations"])
-        dtype = str(self.backbone.model.dtype).removeprefix("torch.")
-        return compare_golden(
-            self.folder, golden, out, beta=float(self.beta), tolerance=GOLDEN_TOLERANCE[dtype]
-        )
+        dtype = _dtype_name(self.backbone.model.dtype) or "float32"
+        tolerance = GOLDEN_TOLERANCE.get(dtype, GOLDEN_TOLERANCE["float32"])
+        return compare_golden(self.folder, golden, out, beta=float(self.beta), tolerance=tolerance)
 
     def _score(
         self,
@@ -655,10 +670,6 @@ class ArmoRewardModel(PreTrainedModel):
         prompts, responses, truncated = self._embed(conversations, batch_size=batch_size)
         texts = [conversation.response for conversation in conversations]
         out = self.score_embeddings(responses, prompts, texts=texts, weights=weights)
-        skipped = responses.isnan().any(dim=1)
-        for name in ("gating_weights", "gating_uncertainty"):
-            known = getattr(out, name).masked_fill(skipped[:, None], torch.nan)
-            out = replace(out, **{name: known})
         out = replace(out, truncated=truncated)
         return self._pass(self._rescale(out, scale), limits)
 
@@ -767,17 +778,31 @@ def _parse_prompt(prompt: Messages | str) -> Prompt:
 
 def _refuse_options(options: Mapping[str, Any]) -> None:
     """Refuse options that change something, other than those that the auto classes hand down."""
+    handed = dict(options)
+    if handed.get("use_safetensors") is True:  # nothing else is ever read
+        del handed["use_safetensors"]
+    if handed.get("_from_auto") and {*(handed.get("adapter_kwargs") or {})} <= {
+        "token",
+        "revision",
+    }:
+        handed.pop("adapter_kwargs", None)  # where peft is installed
     unknown = [
         name
-        for name, value in options.items()
-        if name not in HANDED_DOWN and value not in (None, False, "", {})
+        for name, value in handed.items()
+        if name not in HANDED_DOWN and value is not None and value is not False and value != {}
     ]
     if unknown:
         raise TypeError(f"`from_pretrained` does not take {', '.join(unknown)}")
 
 
 def _placement(device: str, device_map: Any, *, auto: bool) -> tuple[str, Any]:
-    """Tell a single device from a map of several."""
+    """Tell a single device from a map of several.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if device != "auto" and device_map is not None:
+        raise ValueError("give `device` or `device_map`, not both")
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
     if device_map is None:

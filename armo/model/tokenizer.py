@@ -54,13 +54,18 @@ class ArmoTokenizer(PreTrainedTokenizerFast):
     def __call__(self, text: Any = None, text_pair: Any = None, **options: Any) -> BatchEncoding:
         """Tokenise as any tokenizer does, and measure the responses."""
         encoded: BatchEncoding = super().__call__(text, text_pair, **options)
-        if self.measures and text is not None:
+        if self.measures and text is not None and not options.get("is_split_into_words"):
             single = isinstance(text, str)
             texts, pairs = ([text], [text_pair]) if single else (text, text_pair)
-            surface = self._measure(texts, pairs if text_pair is not None else None)
+            if text_pair is None and texts and not isinstance(texts[0], str):
+                texts, pairs = zip(*texts, strict=True)  # a list of pairs
+            elif text_pair is None:
+                pairs = None
+            surface = self._measure(texts, pairs)
             if surface is not None:
-                plain = surface[0] if single and "return_tensors" not in options else surface
-                encoded[SURFACE] = plain if "return_tensors" in options else plain.tolist()
+                tensors = options.get("return_tensors") is not None
+                plain = surface[0] if single and not tensors else surface
+                encoded[SURFACE] = plain if tensors else plain.tolist()
         return encoded
 
     def _measure(

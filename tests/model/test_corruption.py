@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from armo.artifacts import ArtifactError
-from armo.embed.spec import BackboneError
-from armo.model.pretrained import FORMAT, config_seal
+from armo.embed.backbone import load_backbone
+from armo.embed.spec import BackboneError, BackboneSpec
+from armo.model.pretrained import FORMAT, folder_seal
 from armo.model.reward_model import ArmoRewardModel
 
 GOLDEN = [conversation("How do I boil an egg?", "In hot water."), conversation("Hi", "Hello!")]
@@ -50,7 +52,8 @@ def config(change, *, sealed=False):
         file.write_text(json.dumps(content))
         if sealed:
             weights = folder / "model.safetensors"
-            save_file(load_file(weights), weights, metadata={"config_sha256": config_seal(content)})
+            tensors = load_file(weights)
+            save_file(tensors, weights, metadata={"sha256": folder_seal(content, tensors)})
 
     return work
 
@@ -138,6 +141,14 @@ WRONG = {
     "a pickle beside": (pickled, r"pytorch_model\.bin is a pickle, which is not loaded"),
     "a pickle by that name": (disguised, "a pickle, not safetensors: it is not loaded"),
     "a pickle of torch by that name": (disguised_by_torch, "a pickle, not safetensors"),
+    "one bit of a tensor": (
+        tensors(lambda t: t["head_weights"].view(torch.int64)[1, 2].bitwise_xor_(1)),
+        r"model\.safetensors was changed after it was written",
+    ),
+    "the sign of beta": (
+        tensors(lambda t: t["beta"].neg_()),
+        r"model\.safetensors was changed after it was written",
+    ),
     "another model's tensors": (other_weights, r"model\.safetensors is another model's"),
     "no configuration": (remove("config.json"), r"No such file: .*config\.json"),
     "a newer format": (
@@ -223,6 +234,39 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_executed(folder, what)
         load(folder)
     assert "\n" not in str(caught.value)
     assert not Trap.sprung
+
+
+EVIL = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Evil: pass\n"
+EVIL_MAP = {
+    "AutoConfig": "evil.Evil",
+    "AutoModel": "evil.Evil",
+    "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_beside_a_backbone_is_neither_run_nor_asked_about(
+    encoder_folder, tmp_path, monkeypatch, name
+):
+    evil = Path(shutil.copytree(encoder_folder, tmp_path / "evil"))
+    (evil / "evil.py").write_text(EVIL)
+    content = json.loads((evil / name).read_text())
+    content |= {"auto_map": EVIL_MAP, "model_type": "evil", "tokenizer_class": "Evil"}
+    (evil / name).write_text(json.dumps(content))
+
+    def ask(*_):
+        raise AssertionError("a question was asked")
+
+    monkeypatch.setattr("builtins.input", ask)
+    spec = BackboneSpec(str(evil), pooling="mean", max_tokens=96, max_prompt_tokens=40)
+    if name == "config.json":
+        with pytest.raises(BackboneError, match="code of its own is never run") as caught:
+            load_backbone(spec, device="cpu")
+        assert "\n" not in str(caught.value)
+    else:  # Transformers knows the tokenizer of the model's own type
+        load_backbone(spec, device="cpu")
+    assert not (evil / "ran").exists()
+    assert not [name for name in sys.modules if name.endswith(".evil")]
 
 
 def test_where_the_backbone_is_may_be_changed_by_hand(folder, encoder_folder, tmp_path):

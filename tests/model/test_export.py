@@ -298,6 +298,12 @@ def test_the_tokenizer_can_be_read_by_older_libraries_as_well(backbone, tmp_path
     assert spelt["chat_template"] == (tmp_path / "out" / "chat_template.jinja").read_text()
 
 
+def test_all_files_may_be_read_by_whoever_may_read_the_configuration(backbone, tmp_path):
+    export_model(model_of(backbone), tmp_path / "out", format="labels")
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "out" / "config.json").stat().st_mode & 0o777}
+
+
 def test_objectives_that_hardly_differ_keep_their_score(backbone, tmp_path):
     made = model_of(backbone, offset=False)
     with torch.no_grad():

@@ -4,19 +4,20 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub.constants
+import huggingface_hub.errors
 import pytest
 import torch
 from conftest import conversation, make_model
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from armo.artifacts import ArtifactError
 from armo.data.conversation import Message
 from armo.data.surface import SURFACE_VERSION
 from armo.embed.backbone import Backbone, BackboneError
-from armo.model.pretrained import FORMAT, ModelConfig, config_seal, parse_messages
+from armo.model.pretrained import FORMAT, ModelConfig, folder_seal, parse_messages
 from armo.model.reward_model import ArmoRewardModel
 
 FIELDS = ("score", "rewards", "adjusted", "gating_weights", "contributions")
@@ -85,26 +86,23 @@ def load(folder):
     return ArmoRewardModel.from_pretrained(folder, device="cpu", batch_tokens=256)
 
 
-def header_of(folder):
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return file.metadata()
+def seal(folder, tensors):
+    """Write tensors with the seal that fits, as who makes a model could."""
+    values = json.loads((folder / "config.json").read_text())
+    header = {"sha256": folder_seal(values, tensors)}
+    save_file(tensors, folder / "model.safetensors", metadata=header)
 
 
 def change_tensors(folder, change):
-    file, header = folder / "model.safetensors", header_of(folder)
-    tensors = load_file(file)
+    tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, file, metadata=header)
+    seal(folder, tensors)
 
 
 def change_config(folder, change):
     """Change `config.json` together with its seal, as who makes a model could."""
     change_json(folder / "config.json", change)
-    values = json.loads((folder / "config.json").read_text())
-    tensors = load_file(folder / "model.safetensors")
-    save_file(
-        tensors, folder / "model.safetensors", metadata={"config_sha256": config_seal(values)}
-    )
+    seal(folder, load_file(folder / "model.safetensors"))
 
 
 def change_json(file, change):
@@ -384,6 +382,77 @@ def test_a_golden_conversation_without_a_score_is_named_and_nothing_is_written(e
     with pytest.raises(ValueError, match="golden conversation 2 has no score: it is too long"):
         model.save_pretrained(tmp_path / "model", golden=golden)
     assert not (tmp_path / "model").exists()
+
+
+def test_saving_over_another_model_leaves_nothing_of_it(causal, encoder, tmp_path):
+    before = make_model(causal)
+    before.save_pretrained(tmp_path, golden=GOLDEN, card="# A card\n", include_backbone=True)
+    (tmp_path / "vocab.txt").write_text("of an older tokenizer")
+    (tmp_path / "manifest.json").write_text("{}")
+    make_model(encoder).save_pretrained(tmp_path, golden=GOLDEN)
+    assert {f.name for f in tmp_path.iterdir()} == FILES - {"README.md"} | {"manifest.json"}
+    assert load(tmp_path).verify() < 1e-5
+
+
+def test_saving_into_a_folder_that_is_no_model_s_removes_nothing(encoder, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "config.json").write_text("{")
+    make_model(encoder).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "backbone").is_dir()
+
+
+def test_a_backbone_is_not_removed_from_under_its_model(encoder, tmp_path):
+    make_model(encoder).save_pretrained(tmp_path, golden=GOLDEN, include_backbone=True)
+    loaded = load(tmp_path)
+    with pytest.raises(ArtifactError, match="is read from this folder; save to another one"):
+        loaded.save_pretrained(tmp_path, include_backbone=False)
+    loaded.save_pretrained(tmp_path)
+    assert load(tmp_path).verify() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_that_was_cast_verifies_when_it_is_saved_and_loaded(saved, tmp_path, dtype):
+    cast = load(saved)
+    cast.to(dtype)
+    assert cast.verify() < 5e-2
+    cast.save_pretrained(tmp_path, golden=GOLDEN)
+    loaded = load(tmp_path)
+    assert loaded.dtype == (torch.float32 if dtype == torch.float64 else dtype)
+    assert loaded.verify() < 1e-4
+
+
+def test_a_backbone_that_was_trained_is_not_dropped_unseen(saved, tmp_path):
+    trained = load(saved)
+    trained.to(torch.bfloat16).to(torch.float32)
+    trained.save_pretrained(tmp_path / "cast")
+    weights = trained.get_input_embeddings().weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([weights], lr=0.1)
+    weights.sum().backward()
+    optimizer.step()
+    with pytest.raises(BackboneError, match=r"word_embeddings\.weight of .* was changed"):
+        trained.save_pretrained(tmp_path / "trained")
+    assert not (tmp_path / "trained").exists()
+
+
+def test_options_for_the_hub_reach_the_backbone(saved, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(saved, tmp_path / "model"))
+    change_config(folder, lambda config: config["backbone"].update(id="no/such-model"))
+    asked = []
+
+    def download(*_, **options):
+        asked.append(options)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr("armo.embed.backbone.snapshot_download", download)
+    with pytest.raises(BackboneError, match="no backbone"):
+        ArmoRewardModel.from_pretrained(
+            folder, token="hf_t", cache_dir=tmp_path / "cache", local_files_only=True
+        )
+    assert {str(options["cache_dir"]) for options in asked} == {str(tmp_path / "cache")}
+    assert all(options["local_files_only"] for options in asked)
+    assert asked[-1]["token"] == "hf_t"
 
 
 def test_messages_are_parsed_alike_from_dicts_and_objects():

@@ -1,5 +1,6 @@
 """The model folder in the hands of Transformers."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -22,8 +23,9 @@ from transformers import (
 import armo
 from armo.artifacts import ArtifactError
 from armo.data.conversation import Message
+from armo.embed.backbone import Backbone
 from armo.embed.boundary import PromptGroup
-from armo.embed.spec import BackboneError
+from armo.embed.spec import BackboneError, BackboneSpec
 from armo.model.config import ArmoConfig
 from armo.model.reward_model import ArmoRewardModel
 from armo.model.token_rows import TokenReader, TokenRowError
@@ -209,12 +211,37 @@ def test_what_would_change_the_model_unseen_is_refused(folder):
         load(folder, num_labels=5)
     with pytest.raises(TypeError, match="does not take quantization_config"):
         load(folder, quantization_config={"load_in_4bit": True})
+    for name in ("proxies", "force_download", "trust_remote_code", "adapter_kwargs", "subfolder"):
+        with pytest.raises(TypeError, match=f"does not take {name}"):
+            ArmoRewardModel.from_pretrained(folder, **{name: {"x": 1}})
+    with pytest.raises(TypeError, match="does not take subfolder"):
+        ArmoRewardModel.from_pretrained(folder, subfolder="")
+    with pytest.raises(ValueError, match="`device` or `device_map`, not both"):
+        ArmoRewardModel.from_pretrained(folder, device="cpu", device_map="cpu")
     config = AutoConfig.from_pretrained(folder)
     config.objectives[0]["high"] = 7
     with pytest.raises(ArtifactError, match="was changed"):
         load(folder, config=config)
     with pytest.raises(ValueError, match="its weights would be random"):
         AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+
+
+def test_options_that_change_nothing_are_taken(folder):
+    load(folder, use_safetensors=True, trust_remote_code=False)
+    ArmoRewardModel.from_pretrained(folder, device="cpu", subfolder=None, proxies={}, x=False)
+
+
+def load(folder, **options):
+    return AutoModelForSequenceClassification.from_pretrained(folder, **options)
+
+
+def test_a_loaded_model_has_the_configuration_of_its_folder(folder, model):
+    own = ArmoRewardModel.from_pretrained(folder, device="cpu", dtype="bfloat16")
+    for loaded in (own, model):
+        values = json.loads((folder / "config.json").read_text())
+        assert loaded.config.declared() == values
+        assert values["files"]
+        assert loaded.num_labels == loaded.config.num_labels == 1
 
 
 def run_alone(code, *arguments, **environment):
@@ -273,6 +300,9 @@ print(json.dumps([m.score(conversations).score.tolist() for m in (model, auto)])
         "import armo.embed.backbone; from transformers import AutoConfig",
         "import armo.model.reward_model; from transformers import AutoConfig",
         "from transformers import AutoModel; import armo; from transformers import AutoConfig",
+        "import armo, importlib.util as util\n"
+        "util.find_spec('transformers.models.auto.configuration_auto')\n"
+        "from transformers import AutoConfig",
     ],
 )
 def test_armo_is_known_to_transformers_whichever_is_imported_first(folder, first):
@@ -407,7 +437,14 @@ def test_the_tokenizer_measures_each_response_as_it_is_written(encoder):
     assert torch.equal(tokenizer([text], return_tensors="pt")["surface"], expected)
     assert torch.equal(tokenizer("Hi", response, return_tensors="pt")["surface"], expected)
     assert tokenizer("Hi", response)["surface"] == expected[0].tolist()
+    assert tokenizer("Hi", response, return_tensors=None)["surface"] == expected[0].tolist()
+    pairs = [("Hi", response), ("Hello", "No.")]
+    both = surface_features([response, "No."])
+    assert torch.equal(tokenizer(pairs, padding=True, return_tensors="pt")["surface"], both)
+    assert tokenizer(pairs)["surface"] == both.tolist()
+    assert tokenizer(pairs)["input_ids"] == tokenizer(*zip(*pairs, strict=True))["input_ids"]
     assert "surface" not in tokenizer("Hi")
+    assert "surface" not in tokenizer(["Hi", "you"], is_split_into_words=True)
     assert "surface" not in ArmoTokenizer.of(encoder.tokenizer, measures=False)("Hi", response)
 
 
@@ -420,6 +457,7 @@ def test_the_template_of_an_encoder_needs_an_answer(encoder):
 # Rows of ids by every family of chat templates.
 
 sys.path.append(os.path.join(os.path.dirname(__file__), "..", "embed"))
+from models import build  # noqa: E402
 from templates import families, family  # noqa: E402
 
 PROMPTS = [
@@ -463,3 +501,63 @@ def test_ids_are_planned_as_text_or_refused(name, position):
             assert plan == expected
             if response.strip() in text:  # some templates leave out thoughts or write them anew
                 assert texts[0].strip() == response.strip()
+
+
+def dated(expression):
+    """A tokenizer whose template prints a date."""
+    tokenizer = copy.deepcopy(family("llama3").tokenizer)
+    told = "{{ bos_token ~ 'Today is ' ~ " + expression + " ~ '. ' }}"
+    assert "{{ bos_token }}" in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", told, 1)
+    return tokenizer
+
+
+RENDERED = {f.name: f.tokenizer for f in families()} | {
+    "dated by a function": dated("strftime_now('%d %b %Y')"),
+    "dated by a variable": dated("(date_string or 'unknown')"),
+    "in lines": dated("''"),
+}
+RENDERED["in lines"].chat_template = "\n  " + RENDERED["in lines"].chat_template + "\n"
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_the_tokenizer_of_the_folder_renders_what_score_reads(name, tmp_path):
+    spec = BackboneSpec("a family", max_tokens=256, max_prompt_tokens=128)
+    original = RENDERED[name].chat_template
+    model = make_model(Backbone(spec, model=build("llama"), tokenizer=RENDERED[name]))
+    model.save_pretrained(tmp_path)
+    assert RENDERED[name].chat_template == original
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    folds = any(f.name == name and f.folds for f in families())
+    for prompt in PROMPTS:
+        for response in RESPONSES:
+            turns = [{"role": m.role, "content": m.content} for m in prompt]
+            turns.append({"role": "assistant", "content": response})
+            expected = model.score([turns]).score
+            if folds and prompt[0].role == "system":
+                with pytest.raises(TemplateError, match="give system text to `score`"):
+                    tokenizer.apply_chat_template(turns, tokenize=False)
+                continue
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            ids = tokenizer([text], add_special_tokens=False, return_tensors="pt")["input_ids"]
+            if name in REFUSED:
+                with pytest.raises(TokenRowError):
+                    model(ids)
+                continue
+            logits = model(ids).logits[:, 0].double()
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_that_is_skipped_has_no_value_by_either_way(encoder):
+    spec = dataclasses.replace(encoder.spec, on_overlong="skip")
+    model = make_model(Backbone(spec, model=encoder.model, tokenizer=encoder.tokenizer))
+    tokenizer = ArmoTokenizer.of(encoder.tokenizer, measures=False)
+    long = [conversation("Is it safe?", "It warns. " * 200), CONVERSATIONS[1]]
+    texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in long]
+    out, expected = model(**pad(tokenizer, texts)), model.score(long)
+    assert out.logits.isnan()[:, 0].tolist() == expected.score.isnan().tolist() == [True, False]
+    for name in NAMES:
+        found = getattr(out, name).isnan()
+        assert torch.equal(found, getattr(expected, name).isnan())
+        assert bool(found[0].all())
+        assert not found[1].any()
