@@ -64,11 +64,21 @@ class Comparison:
         score_difference: Score of the first minus score of the second.
         reasons: Difference of contributions per objective, the largest first; they sum to
             the score difference.
+        changes: By how much the adjusted reward of the response with the lower score would have to
+            rise for a tie, all else equal, by objective and in standard deviations, the smallest
+            first. Objectives without a gating weight are left out: none of their rewards matter.
+        rating_changes: The same on the scale of the ratings, at the same measured style; below zero
+            where low ratings are the good ones. Only of objectives whose adjusted reward follows
+            their own reward alone, along a line: not after `leace` or `penalty`, nor where the
+            reward is a probability. A change that is wider than the scale cannot happen: the
+            objective alone does not turn the preference round.
     """
 
     probability: float
     score_difference: float
     reasons: dict[str, float]
+    changes: dict[str, float]
+    rating_changes: dict[str, float]
 
 
 @dataclass

@@ -82,6 +82,10 @@ HANDED_DOWN = (
 )
 SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 
+# How far a row of the transform may be from a multiple of its head, as a share of its length, to
+# count as one: more than rounding, less than any decorrelation that changes anything.
+PARALLEL = 1e-6
+
 _TENSORS = (
     "rewards",
     "uncertainty",
@@ -430,22 +434,60 @@ class ArmoRewardModel(PreTrainedModel):
         )
 
     def compare(self, prompt: Messages | str, a: str, b: str) -> Comparison:
-        """Say how likely response `a` is preferred to `b`, and which objectives decide.
+        """Say how likely response `a` is preferred to `b`, which objectives decide, and what would.
 
         Args:
             prompt: The turns before the response, or the text of a single user turn.
             a: The first response.
             b: The second response.
         """
-        out = self.score_responses(prompt, [a, b])
-        difference = out.contributions[0] - out.contributions[1]
-        score_difference = float(out.score[0] - out.score[1])
+        return self.compare_rows(self.score_responses(prompt, [a, b]), 0, 1)
+
+    def compare_rows(self, out: RewardOutput, a: int, b: int) -> Comparison:
+        """Compare two responses to one prompt that are scored already.
+
+        Args:
+            out: What this model gave, on any scale.
+            a: Row of the first response.
+            b: Row of the second response.
+
+        Raises:
+            ValueError: If the rows have other gating weights: their prompts are not the same.
+        """
+        weights = out.gating_weights[a]
+        if bool(((weights - out.gating_weights[b]).abs() > 1e-9).any()):  # not so where NaN
+            raise ValueError(f"rows {a} and {b} have other gating weights: not of one prompt")
+        difference = out.contributions[a] - out.contributions[b]
+        score_difference = float(out.score[a] - out.score[b])
         order = difference.abs().argsort(descending=True).tolist()
+        changes = {
+            name: abs(score_difference) / weight
+            for name, weight in sorted(
+                zip(out.objectives, weights.tolist(), strict=True), key=lambda item: -item[1]
+            )
+            if weight > 0.0 and not math.isnan(score_difference)
+        }
+        slopes = self._rating_slopes()
         return Comparison(
             probability=float(torch.sigmoid(self.beta * score_difference)),
             score_difference=score_difference,
             reasons={out.objectives[k]: float(difference[k]) for k in order},
+            changes=changes,
+            rating_changes={n: change * slopes[n] for n, change in changes.items() if n in slopes},
         )
+
+    def _rating_slopes(self) -> dict[str, float]:
+        """Ratings per standard deviation of an adjusted reward that follows its own head alone."""
+        slopes = {}
+        for k, objective in enumerate(self.objectives.objectives):
+            head, adjusted = self.head_weights[k], self.adjusted_weights[k]
+            # The multiple of the head that comes closest to the row of the transform.
+            per_reward = float(head @ adjusted) / max(float(head @ head), 1e-300)
+            apart = float((adjusted - per_reward * head).norm())
+            follows = per_reward > 0.0 and apart <= PARALLEL * float(adjusted.norm())
+            if follows and self.links[k] == "identity":
+                slopes[objective.name] = objective.scale[1] / per_reward
+        return slopes
 
     @torch.no_grad()
     def score_embeddings(
