@@ -81,6 +81,35 @@ class Comparison:
     rating_changes: dict[str, float]
 
 
+SegmentKind = Literal["sentence", "turn"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SegmentOutput:
+    """What a response, or the assistant's part of a conversation, scores as it goes on.
+
+    Attributes:
+        texts: The segments; sentences join to the response.
+        spans: Character offsets of each, first and after the last: of a sentence in the response,
+            of a turn in itself.
+        out: A row per segment: what would be the output if the conversation ended with it.
+    """
+
+    texts: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    out: RewardOutput
+
+    @property
+    def gains(self) -> Float[Tensor, "batch objectives"]:
+        """Contributions after each segment less those after the one before; NaN for the first.
+
+        Of sentences, they add up over objectives to what the score gains or loses by each. Turns
+        have prompts and gating weights of their own, so theirs say less.
+        """
+        parts = self.out.contributions
+        return torch.cat([torch.full_like(parts[:1], torch.nan), parts.diff(dim=0)])
+
+
 @dataclass
 class RewardModelOutput(ModelOutput):
     """What Transformers gets for token ids: tensors alone, on the device of the ids.

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -25,6 +26,7 @@ from armo.artifacts import (
 )
 from armo.data.conversation import Conversation, Message, Prompt
 from armo.data.objectives import ObjectiveSet
+from armo.data.segments import sentence_ends
 from armo.data.surface import SURFACE_FEATURES, surface_features
 from armo.embed.backbone import Backbone, GroupEmbeddings, load_backbone
 from armo.embed.boundary import PromptGroup
@@ -36,7 +38,14 @@ from armo.fit.heads import UNCERTAINTY, ObjectiveHeads, RewardUncertainty
 from armo.fit.judged import apply_links
 from armo.model.config import ArmoConfig
 from armo.model.golden import compare_golden, read_golden, write_golden
-from armo.model.output import Comparison, RewardModelOutput, RewardOutput, Scale
+from armo.model.output import (
+    Comparison,
+    RewardModelOutput,
+    RewardOutput,
+    Scale,
+    SegmentKind,
+    SegmentOutput,
+)
 from armo.model.pretrained import (
     BACKBONE,
     CARD,
@@ -433,6 +442,53 @@ class ArmoRewardModel(PreTrainedModel):
             batch_size=batch_size,
         )
 
+    def score_segments(
+        self,
+        prompt: Messages | str,
+        response: str,
+        *,
+        by: SegmentKind = "sentence",
+        weights: Mapping[str, float] | None = None,
+        scale: Scale = "raw",
+    ) -> SegmentOutput:
+        """Score a response after every sentence, or a conversation after every assistant turn.
+
+        What is scored is each beginning as if it were all: closed by the template as a whole
+        response is, so that the last row is what `score` gives, and row by row the same as
+        `score_responses` of the beginnings. A causal backbone reads the text once, and at each end
+        only the few tokens that close a response; an encoder reads each beginning anew.
+
+        Args:
+            prompt: The turns before the response, or the text of a single user turn.
+            response: The answer.
+            by: `sentence`, see `sentence_ends`; or `turn`, each of the assistant's in the prompt
+                after the turns before it, then the response.
+            weights: As for `score`.
+            scale: As for `score`.
+
+        Raises:
+            ValueError: If the prompt has no user turn, or a response is empty.
+            BackboneError: Naming the segment that cannot be embedded.
+        """
+        if by not in get_args(SegmentKind):
+            raise ValueError(f"`by` must be {' or '.join(get_args(SegmentKind))}, got {by!r}.")
+        last = Conversation(_parse_prompt(prompt), response)
+        if by == "sentence":
+            ends = sentence_ends(response)
+            spans = tuple(pairwise((0, *ends)))
+            texts = tuple(response[start:end] for start, end in spans)
+            parts = [Conversation(last.prompt, response[:end]) for end in ends]
+        else:
+            turns = [k for k, m in enumerate(last.prompt) if m.role == "assistant"]
+            parts = [Conversation(last.prompt[:k], last.prompt[k].content) for k in turns]
+            parts.append(last)
+            texts = tuple(part.response for part in parts)
+            spans = tuple((0, len(text)) for text in texts)
+        out = self._score(
+            parts, weights=weights, scale=scale, thresholds=None, batch_size=None, along=True
+        )
+        return SegmentOutput(texts, spans, out)
+
     def compare(self, prompt: Messages | str, a: str, b: str) -> Comparison:
         """Say how likely response `a` is preferred to `b`, which objectives decide, and what would.
 
@@ -690,11 +746,14 @@ class ArmoRewardModel(PreTrainedModel):
         scale: Scale,
         thresholds: Mapping[str, float] | None,
         batch_size: int | None,
+        along: bool = False,
     ) -> RewardOutput:
         if scale not in get_args(Scale):
             raise ValueError(f"`scale` must be {' or '.join(get_args(Scale))}, got {scale!r}.")
         limits = self._limits(thresholds or {})
-        prompts, responses, truncated = self._embed(conversations, batch_size=batch_size)
+        prompts, responses, truncated = self._embed(
+            conversations, batch_size=batch_size, along=along
+        )
         texts = [conversation.response for conversation in conversations]
         out = self.score_embeddings(responses, prompts, texts=texts, weights=weights)
         skipped = responses.isnan().any(dim=1)
@@ -737,24 +796,31 @@ class ArmoRewardModel(PreTrainedModel):
         return replace(out, passes=passes)
 
     def _embed(
-        self, conversations: Sequence[Conversation], *, batch_size: int | None
+        self, conversations: Sequence[Conversation], *, batch_size: int | None, along: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed each distinct text once; return prompts, responses, and what was cut."""
+        """Embed each distinct text once; return prompts, responses, and what was cut.
+
+        Those that go `along` are beginnings of one conversation, which is read once.
+        """
         numbers: dict[Prompt, dict[str, int]] = {}
         for number, conversation in enumerate(conversations):
             numbers.setdefault(conversation.prompt, {}).setdefault(conversation.response, number)
         groups = [PromptGroup(prompt, tuple(texts)) for prompt, texts in numbers.items()]
-        chunks = _chunks(groups)
+        chunks = _chunks(groups) if not along else [groups]
         parts: list[GroupEmbeddings] = []
         try:
-            parts.extend(self.backbone.embed_chunks(chunks, max_rows=batch_size))
+            if along:
+                parts.append(self.backbone.embed_along(groups))
+            else:
+                parts.extend(self.backbone.embed_chunks(chunks, max_rows=batch_size))
         except BackboneError as error:
             if error.group is None:
                 raise
             group = chunks[len(parts)][error.group]
             of_prompt = numbers[group.prompt]
             text = group.responses[error.response or 0]
-            named = BackboneError(f"conversation {of_prompt[text]}: {error}")
+            what = "segment" if along else "conversation"
+            named = BackboneError(f"{what} {of_prompt[text]}: {error}")
             named.group = of_prompt[text]
             raise named from None
         places = {
