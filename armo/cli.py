@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -32,6 +34,7 @@ usage: armo VERB [OVERRIDES ...]
 
   train    rated responses and preference pairs in, a scoring model out
   score    score the rows of a file with a model
+  explain  say why one response of a pair is preferred, and what would change that
   verify   check that a model scores its golden conversations as it did when made
   import   make a model folder of a published ArmoRM or QRM checkpoint
   export   write a model in a format that other programs read
@@ -279,6 +282,106 @@ def score(cfg: DictConfig) -> None:
         console.print(f"saved {cfg.output}")
 
 
+@hydra.main(**CONFIG, config_name="explain")
+@_in_one_line
+def explain(cfg: DictConfig) -> None:
+    """Explain the preference in each pair of a file."""
+    from armo.artifacts import write_text
+    from armo.data.sources import load_scorable
+    from armo.model.reward_model import ArmoRewardModel
+    from armo.report.explain import explain_pairs
+    from armo.report.explain_page import NO_RUN, explanation_page
+    from armo.report.pages import print_tables
+
+    rows = load_scorable(cfg.input, responses=2)
+    if cfg.nearest < 1:
+        raise ValueError(f"`nearest` must be at least 1, got {cfg.nearest}")
+    model = ArmoRewardModel.from_pretrained(
+        cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
+    )
+    weights: Any = OmegaConf.to_container(cfg.weights) if cfg.weights is not None else None
+    console = _console(width=132)
+    with tempfile.TemporaryDirectory(prefix="armo-") as texts:
+        training = None
+        if cfg.run is not None:
+            training = _training_prompts(Path(cfg.run), model, texts=Path(texts))
+        # Only what is shown is explained.
+        explained = rows[:SHOWN_ROWS] if cfg.output is None else rows
+        explanations = explain_pairs(
+            model,
+            explained,
+            weights=weights,
+            scale=cfg.scale,
+            training=training,
+            nearest=cfg.nearest,
+        )
+        progress = track(explanations, total=len(explained), description="scoring", console=console)
+        kept = list(progress)
+    for each in kept[:SHOWN_ROWS]:
+        title = f"{each.id}: {each.verdict}"
+        tables = [replace(each.objectives, title=title, note="")]
+        print_tables(tables + ([each.nearest] if each.nearest else []), console)
+    if len(rows) > SHOWN_ROWS:
+        console.print(f"the first {SHOWN_ROWS} of {len(rows)} pairs")
+    if cfg.run is None:
+        console.print(Text(NO_RUN))
+    if cfg.output is not None:
+        write_text(Path(cfg.output), explanation_page(kept, title=f"Pairs of {cfg.input}"))
+        console.print(f"saved {cfg.output}")
+
+
+def _training_prompts(run: Path, model: Any, *, texts: Path) -> Any:
+    """Open the training prompts of a run, with their texts if its rows are as they were."""
+    from armo.artifacts import MANIFEST, ArtifactError, read_json
+    from armo.data.objectives import ObjectiveSet
+    from armo.data.sources import DataError
+    from armo.report.explain import TrainingPrompts, read_texts_again
+    from armo.stages import FOLDERS, two_right
+
+    folder = run / FOLDERS["embed"]
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"`run`: {run} has no finished `embed` stage")
+    training = TrainingPrompts.load(folder, model=model)
+    data = read_json(folder / MANIFEST)["settings"]["data"]
+    kinds = [
+        data.get(kind) or {"path": None} for kind in ("ratings", "pairs", "lists", "benchmark")
+    ]
+    # A run is data: what it names is called only where it is armo's own way to read rows.
+    if not all(name.startswith("armo.data.") for name in _targets(kinds)):
+        return training
+    objectives = ObjectiveSet.from_mapping(data["objectives"])
+    ratings, pairs, lists, benchmark = (
+        instantiate(section, _convert_="all") if section["path"] is not None else lambda **_: ()
+        for section in kinds
+    )
+    try:
+        text = read_texts_again(
+            training.data,
+            texts,
+            objectives=objectives,
+            ratings=ratings(objectives=objectives),
+            pairs=pairs(objectives=objectives),
+            lists=lists(),
+            benchmark=two_right(benchmark()),
+            test_fraction=data["test_fraction"],
+        )
+    except (DataError, OSError) as error:
+        logger.warning("the texts of the training prompts cannot be read: %s", _one_line(error))
+        return training
+    return replace(training, text=text)
+
+
+def _targets(section: Any) -> Iterator[str]:
+    """Yield what a section of a configuration would call, at any depth."""
+    if isinstance(section, dict):
+        if section.get("_target_") is not None:
+            yield str(section["_target_"])
+        section = [*section.values()]
+    if isinstance(section, list):
+        for value in section:
+            yield from _targets(value)
+
+
 @hydra.main(**CONFIG, config_name="verify")
 @_in_one_line
 def verify(cfg: DictConfig) -> None:
@@ -368,6 +471,7 @@ def export(cfg: DictConfig) -> None:
 VERBS = {
     "train": train,
     "score": score,
+    "explain": explain,
     "verify": verify,
     "import": import_,
     "export": export,
@@ -484,10 +588,10 @@ def _score_table(results: Sequence[Mapping[str, Any]], objectives: Sequence[str]
     return table
 
 
-def _console() -> Console:
+def _console(*, width: int = 110) -> Console:
     """A console; wide enough for the tables where the output is no terminal, but a file."""
     console = Console()
-    return console if console.is_terminal else Console(width=110)
+    return console if console.is_terminal else Console(width=width)
 
 
 def _quieten() -> None:

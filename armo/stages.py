@@ -273,7 +273,7 @@ def run_embed(
             ratings=stream_ratings(objectives=objectives),
             pairs=stream_pairs(objectives=objectives),
             lists=stream_lists() if stream_lists is not None else (),
-            benchmark=_two_right(stream_benchmark()) if stream_benchmark is not None else (),
+            benchmark=two_right(stream_benchmark()) if stream_benchmark is not None else (),
             test_fraction=test_fraction,
             min_ratings=min_ratings,
             shard_rows=shard_rows,
@@ -287,7 +287,7 @@ def run_embed(
     run.do("embed", settings=settings, inputs=inputs, work=work, fresh=False, help_with=help_with)
 
 
-def _two_right(rows: Iterable[ResponseList]) -> Iterator[ResponseList]:
+def two_right(rows: Iterable[ResponseList]) -> Iterator[ResponseList]:
     """Keep what the report knows of lists: counterfactual pairs, two responses, both right."""
     left_out = 0
     for row in rows:

@@ -132,6 +132,7 @@ def test_the_version_is_printed():
     [
         ("train", "stages"),
         ("score", "input"),
+        ("explain", "nearest"),
         ("verify", "batch_tokens"),
         ("import", "source"),
         ("export", "format"),
@@ -145,7 +146,12 @@ def test_each_verb_has_help_that_shows_its_settings(verb, setting):
 
 @pytest.mark.parametrize(
     ("arguments", "setting"),
-    [(("score",), "input"), (("score", "input=builtin"), "model"), (("verify",), "model")],
+    [
+        (("score",), "input"),
+        (("score", "input=builtin"), "model"),
+        (("explain",), "input"),
+        (("verify",), "model"),
+    ],
 )
 def test_a_setting_that_is_needed_and_missing_is_wrong_usage(arguments, setting):
     status, _, err = run(*arguments)
@@ -490,3 +496,78 @@ def test_every_layer_of_the_configuration_has_an_option_that_binds():
     names = {section.values[0]["_target_"] for section in SECTIONS}
     assert {"armo.fit.heads.fit_heads", "lightning.Trainer"} <= names
     assert len(names) >= 8
+
+
+PAIRS = [
+    ROWS[1],
+    {"id": "[red]<b>&", "prompt": PROMPT, "responses": ["- one <script>", "Two & three"]},
+]
+
+
+def test_explain_prints_a_table_per_pair_and_writes_one_page(saved, tmp_path, encoder):
+    write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    arguments = ("explain", f"model={saved}", "input=pairs.jsonl", "device=cpu")
+    status, out, _ = run(*arguments, "output=page.html")
+    assert status == 0
+    comparison = make_model(encoder).compare("Is it safe?", "Yes.", "No, it warns of risks!")
+    preferred = "A" if comparison.score_difference > 0 else "B"
+    assert f"pair: {preferred} is preferred with probability" in out
+    assert "[red]<b>&: " in out
+    assert f"{comparison.score_difference:+.3f} more than B" in out
+    for name in ("helpfulness", "honesty", "harm", "verbosity", "formatting"):
+        assert out.count(name) == 2
+    assert "`run=FOLDER`" in out
+    assert "saved page.html" in out
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 4
+    assert "<script" not in page
+    assert "&lt;b&gt;&amp;" in page
+    printed = run(*arguments)[1]
+    assert printed[printed.index("pair: ") :] == out[out.index("pair: ") : out.index("saved page")]
+
+
+def test_explain_takes_weights_and_a_scale(saved, tmp_path, encoder):
+    write_rows(tmp_path / "pairs.jsonl", PAIRS[:1])
+    given = ("weights={honesty: 1}", "scale=rating")
+    _, out, _ = run("explain", f"model={saved}", "input=pairs.jsonl", "device=cpu", *given)
+    scored = make_model(encoder).score_responses(
+        PROMPT, ["Yes.", "No, it warns of risks!"], weights={"honesty": 1}, scale="rating"
+    )
+    [row] = [line for line in out.splitlines() if "honesty" in line]
+    numbers = [float(cell) for cell in row.replace("│", " ").split()[1:8]]
+    rewards, adjusted = scored.rewards[:, 1].tolist(), scored.adjusted[:, 1].tolist()
+    difference = float(scored.score[0] - scored.score[1])
+    expected = [1.0, *rewards, *adjusted, difference, difference]
+    assert numbers == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (ROWS[0], "rows.jsonl:2: needs 2 responses, has 1"),
+        (ROWS[2], "rows.jsonl:2: needs 2 responses, has 3"),
+        ({"id": "x", "prompt": PROMPT, "chosen": "Yes."}, "rows.jsonl:2: field `rejected`"),
+    ],
+)
+def test_explain_names_the_line_of_a_row_that_is_no_pair(saved, tmp_path, row, message):
+    write_rows(tmp_path / "rows.jsonl", [ROWS[1], row])
+    assert message in error_of("explain", f"model={saved}", "input=rows.jsonl", "device=cpu")
+
+
+def test_explain_refuses_a_run_that_cannot_serve(saved, tmp_path):
+    write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    arguments = ("explain", f"model={saved}", "input=pairs.jsonl", "device=cpu")
+    assert "no finished `embed` stage" in error_of(*arguments, "run=nowhere")
+    assert "`nearest` must be at least 1, got 0" in error_of(*arguments, "nearest=0")
+
+
+@pytest.mark.parametrize(
+    ("section", "names"),
+    [
+        ([{"path": None}, {"_target_": None, "path": None}], []),
+        ([{"_target_": "armo.data.sources.stream_pairs"}], ["armo.data.sources.stream_pairs"]),
+        ([{"path": [{"_target_": "os.system"}], "_target_": "a.b"}], ["a.b", "os.system"]),
+    ],
+)
+def test_all_that_a_stored_section_would_call_is_seen(section, names):
+    assert [*cli._targets(section)] == names

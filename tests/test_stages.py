@@ -2081,3 +2081,26 @@ def test_the_worked_sweep_trains_a_gate_for_each_combination(trained, arguments,
     asked = {item for job in jobs for item in job["overrides"] if "dropout" in item}
     assert asked == {"fit.gating.dropout=0.2", "fit.gating.dropout=0.5"}
     assert [job["error"] for job in jobs] == [None, None]
+
+
+def test_explain_shows_the_training_prompts_of_a_run_as_long_as_its_rows_are_there(
+    trained, rows, folder, tmp_path
+):
+    pair = next(pair for pair in rows[2] if pair["split"] == "train")
+    asked = write_rows(tmp_path / "pairs.jsonl", [{**pair, "id": "asked"}])
+    arguments = ("explain", f"model={trained[0] / 'model'}", f"input={asked}", "device=cpu")
+    status, out, err = run(*arguments, f"run={trained[0]}", "nearest=2")
+    assert status == 0, err
+    assert "│      1.000 │    3 │ test " in out
+    assert pair["prompt"][0]["content"].split("\n")[0] in out
+    # A run is data: what it names is not called unless it is armo's own.
+    manifest = folder / "embeddings" / "manifest.json"
+    stored = json.loads(manifest.read_text())
+    for changes in ({"_target_": "os.system"}, {"path": str(tmp_path / "gone.jsonl")}):
+        changed = json.loads(json.dumps(stored))
+        changed["settings"]["data"]["ratings"].update(changes)
+        manifest.write_text(json.dumps(changed))
+        status, out, err = run(*arguments, f"run={folder}", "nearest=2")
+        assert status == 0, err
+        assert "│      1.000 │    3 │ test " in out
+        assert "Their texts are not known" in " ".join(out.split())

@@ -213,13 +213,14 @@ class ScorableRow:
     single: bool
 
 
-def load_scorable(path: Paths) -> list[ScorableRow]:
+def load_scorable(path: Paths, *, responses: int | None = None) -> list[ScorableRow]:
     """Load rows to score: conversations (`messages`), pairs (`chosen`) or lists (`responses`).
 
     Ratings are not needed, nor an id: the row's number stands in for it.
 
     Args:
         path: A file, a folder (all its files in name order), or a list of them.
+        responses: How many each row must have; any number, if None.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be scored.
@@ -228,7 +229,10 @@ def load_scorable(path: Paths) -> list[ScorableRow]:
     for file in data_files(path, builtin_file=BUILTIN_FILES["ratings"]):
         for place, raw in read_rows(file):
             try:
-                rows.append(_scorable(raw, number=len(rows)))
+                row = _scorable(raw, number=len(rows))
+                if responses not in (None, len(row.responses)):
+                    raise ValueError(f"needs {responses} responses, has {len(row.responses)}")
+                rows.append(row)
             except ValueError as error:
                 raise DataError(f"{place}: {error}") from None
     if not rows:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -161,17 +162,34 @@ class Backbone:
         for plan in _one_ahead(prepare, chunks):
             told = _counted(progress, plan.tokens) if progress is not None else None
             # A copy made outside of inference mode can be trained on.
-            values = self.runner.run(plan, max_rows=max_rows, progress=told).clone()
-            marks = torch.zeros(2, plan.targets, dtype=torch.bool)
-            marks[0, list(plan.truncated)] = True
-            marks[1, list(plan.missing)] = True
-            truncated, missing = marks
-            yield GroupEmbeddings(
-                *(
-                    Embeddings(values[part], truncated[part] & ~missing[part], missing[part])
-                    for part in (slice(plan.prompts), slice(plan.prompts, None))
-                )
-            )
+            yield _by_group(plan, self.runner.run(plan, max_rows=max_rows, progress=told).clone())
+
+    def embed_along(self, groups: Sequence[PromptGroup]) -> GroupEmbeddings:
+        """Embed groups that are beginnings of one conversation, in one pass over that.
+
+        The embeddings are those of `embed`, beyond rounding, to which this leaves models that
+        cannot read on from what they have read.
+
+        Raises:
+            BackboneError: Naming the group and the response that cannot be embedded.
+        """
+        if not self.runner.shares:
+            return self.embed(groups)
+        plan = self.planner.plan(groups, causal=True, share=False)
+        return _by_group(plan, self.runner.run_along(plan).clone())
+
+
+def _by_group(plan: Plan, values: Tensor) -> GroupEmbeddings:
+    """Tell the embeddings of prompts and responses apart, with their marks."""
+    marks = torch.zeros(2, plan.targets, dtype=torch.bool)
+    marks[0, list(plan.truncated)] = True
+    marks[1, list(plan.missing)] = True
+    truncated, missing = marks
+    prompts, responses = (
+        Embeddings(values[part], truncated[part] & ~missing[part], missing[part])
+        for part in (slice(plan.prompts), slice(plan.prompts, None))
+    )
+    return GroupEmbeddings(prompts, responses)
 
 
 def _versions(model: PreTrainedModel) -> dict[str, int]:

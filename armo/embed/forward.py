@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from armo.embed.batching import token_batches
 from armo.embed.linear import PackedProducts
-from armo.embed.plan import Plan, SharedPrefix, Span, TokenSequence
+from armo.embed.plan import Plan, SharedPrefix, Span, TokenSequence, shared_length, within
 from armo.embed.spec import BackboneError
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,57 @@ class Runner:
             for part in self._run_sequences(batch) if batch else ():
                 pooled.add(part)
         return pooled.means(self.dim).to(self.model.dtype)
+
+    @torch.inference_mode()
+    def run_along(self, plan: Plan) -> Float[Tensor, "targets dim"]:
+        """Run a plan whose sequences are mostly beginnings of the longest one, in one pass over it.
+
+        The longest is run piece by piece, reading on from its own keys and values; at each piece's
+        end, so is what the others have there instead. The embeddings are those of `run`, beyond
+        rounding.
+
+        Raises:
+            BackboneError: If memory runs out.
+        """
+        assert self.shares
+        assert not plan.shared
+        pooled = Pooled(plan.targets, device=self.model.device)
+        if plan.sequences:
+            sums = self._within_memory(self._run_along, plan.sequences)
+            if sums is None:
+                longest = max(len(sequence.ids) for sequence in plan.sequences)
+                raise BackboneError(f"out of memory on a single sequence of {longest} tokens")
+            for part in sums:
+                pooled.add(part)
+        return pooled.means(self.dim).to(self.model.dtype).cpu()
+
+    def _run_along(self, sequences: Sequence[TokenSequence]) -> Iterator["SpanSums"]:
+        trunk = max(sequences, key=lambda sequence: len(sequence.ids)).ids
+        common = [shared_length(sequence.ids, trunk) for sequence in sequences]
+        for row, n in zip(sequences, common, strict=True):
+            if n == 0:
+                yield self._read_on(row, DynamicCache(config=self.model.config), after=0)
+        cache = DynamicCache(config=self.model.config)
+        for start, end in pairwise(sorted({0, *common})):
+            rows = [s for s, n in zip(sequences, common, strict=True) if n > start]
+            spans = [span for row in rows for span in within(row, start, end).spans]
+            yield self._read_on(TokenSequence(trunk[start:end], tuple(spans)), cache, after=start)
+            for row, n in zip(sequences, common, strict=True):
+                if n == end and n < len(row.ids):
+                    copied = _rows_of(cache, self._on_device(torch.tensor([0])))
+                    yield self._read_on(within(row, n, len(row.ids)), copied, after=n)
+
+    def _read_on(self, piece: TokenSequence, cache: DynamicCache, *, after: int) -> "SpanSums":
+        """Run a piece of a sequence after what is in the cache, and add it there."""
+        length = len(piece.ids)
+        states = self._states(
+            input_ids=self._on_device(torch.tensor([piece.ids])),
+            attention_mask=self._on_device(torch.ones(1, after + length, dtype=torch.long)),
+            position_ids=self._on_device(torch.arange(after, after + length)[None]),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return SpanSums(states, [piece.spans], length)
 
     def _each_batch(
         self,

@@ -233,10 +233,14 @@ class RowIndexer:
             self._numbers["list_benchmark"].append(benchmark)
             self._numbers["list_group"].append(group)
 
-    def finish(self) -> tuple[TextSpool, IndexedRows]:
-        """Number the texts that are used, responses to one prompt side by side, and save them."""
+    def close(self) -> None:
+        """Close the files; no more rows can be added."""
         self._prompts.close()
         self._responses.close()
+
+    def finish(self) -> tuple[TextSpool, IndexedRows]:
+        """Number the texts that are used, responses to one prompt side by side, and save them."""
+        self.close()
         n = {name: _tensor(values) for name, values in self._numbers.items()}
         test_of_group = torch.tensor(self.splits.test(), dtype=torch.bool)
         # Of a benchmark, lists on training prompts would be embedded in vain.

@@ -313,8 +313,8 @@ def _add_group(
         together = [row for row, n in zip(rows, common, strict=True) if n >= length]
         if saved > WORTH_SHARING * sum(len(row.ids) for row in together):
             joined = [whole] if length < len(prompt) else []
-            spans = [span for row in (whole, *together) for span in _within(row, 0, length).spans]
-            tails = [_within(row, length, len(row.ids)) for row in (*joined, *together)]
+            spans = [span for row in (whole, *together) for span in within(row, 0, length).spans]
+            tails = [within(row, length, len(row.ids)) for row in (*joined, *together)]
             prefix = TokenSequence(prompt[:length], tuple(spans))
             plan.shared.append(SharedPrefix(prefix, tails))
             plan.sequences += [row for row, n in zip(rows, common, strict=True) if n < length]
@@ -336,13 +336,19 @@ def _common_length(ids: list[int], prompt: list[int]) -> int:
     return next(k for k in range(limit) if ids[k] != prompt[k])
 
 
+def shared_length(first: list[int], second: list[int]) -> int:
+    """Return how many first tokens two sequences have in common."""
+    limit = min(len(first), len(second))
+    return next((k for k in range(limit) if first[k] != second[k]), limit)
+
+
 def _saved(length: int, common: list[int], prompt: int) -> int:
     """Return the tokens that are not run when rows share the first `length` ones."""
     # On their own, the prompt would come with the first row that has all of it, if there is one.
     return length * sum(n >= length for n in common) - (prompt if prompt in common else 0)
 
 
-def _within(row: TokenSequence, start: int, end: int) -> TokenSequence:
+def within(row: TokenSequence, start: int, end: int) -> TokenSequence:
     """Cut a part out of a row; its spans count from where the part begins."""
     clipped = [
         Span(span.target, max(span.start, start) - start, min(span.end, end) - start)

@@ -64,11 +64,50 @@ class Comparison:
         score_difference: Score of the first minus score of the second.
         reasons: Difference of contributions per objective, the largest first; they sum to
             the score difference.
+        changes: By how much the adjusted reward of the response with the lower score would have to
+            rise for a tie, all else equal, by objective and in standard deviations, the smallest
+            first. Objectives without a gating weight are left out: none of their rewards matter.
+        rating_changes: The same on the scale of the ratings, at the same measured style; below zero
+            where low ratings are the good ones. Only of objectives whose adjusted reward follows
+            their own reward alone, along a line: not after `leace` or `penalty`, nor where the
+            reward is a probability. A change that is wider than the scale cannot happen: the
+            objective alone does not turn the preference round.
     """
 
     probability: float
     score_difference: float
     reasons: dict[str, float]
+    changes: dict[str, float]
+    rating_changes: dict[str, float]
+
+
+SegmentKind = Literal["sentence", "turn"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SegmentOutput:
+    """What a response, or the assistant's part of a conversation, scores as it goes on.
+
+    Attributes:
+        texts: The segments; sentences join to the response.
+        spans: Character offsets of each, first and after the last: of a sentence in the response,
+            of a turn in itself.
+        out: A row per segment: what would be the output if the conversation ended with it.
+    """
+
+    texts: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    out: RewardOutput
+
+    @property
+    def gains(self) -> Float[Tensor, "batch objectives"]:
+        """Contributions after each segment less those after the one before; NaN for the first.
+
+        Of sentences, they add up over objectives to what the score gains or loses by each. Turns
+        have prompts and gating weights of their own, so theirs say less.
+        """
+        parts = self.out.contributions
+        return torch.cat([torch.full_like(parts[:1], torch.nan), parts.diff(dim=0)])
 
 
 @dataclass

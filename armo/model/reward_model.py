@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -25,6 +26,7 @@ from armo.artifacts import (
 )
 from armo.data.conversation import Conversation, Message, Prompt
 from armo.data.objectives import ObjectiveSet
+from armo.data.segments import sentence_ends
 from armo.data.surface import SURFACE_FEATURES, surface_features
 from armo.embed.backbone import Backbone, GroupEmbeddings, load_backbone
 from armo.embed.boundary import PromptGroup
@@ -36,7 +38,14 @@ from armo.fit.heads import UNCERTAINTY, ObjectiveHeads, RewardUncertainty
 from armo.fit.judged import apply_links
 from armo.model.config import ArmoConfig
 from armo.model.golden import compare_golden, read_golden, write_golden
-from armo.model.output import Comparison, RewardModelOutput, RewardOutput, Scale
+from armo.model.output import (
+    Comparison,
+    RewardModelOutput,
+    RewardOutput,
+    Scale,
+    SegmentKind,
+    SegmentOutput,
+)
 from armo.model.pretrained import (
     BACKBONE,
     CARD,
@@ -78,6 +87,10 @@ HANDED_DOWN = (
     "torch_dtype",
 )
 SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
+
+# How far a row of the transform may be from a multiple of its head, as a share of its length, to
+# count as one: more than rounding, less than any decorrelation that changes anything.
+PARALLEL = 1e-6
 
 _TENSORS = (
     "rewards",
@@ -433,23 +446,108 @@ class ArmoRewardModel(PreTrainedModel):
             batch_size=batch_size,
         )
 
+    def score_segments(
+        self,
+        prompt: Messages | str,
+        response: str,
+        *,
+        by: SegmentKind = "sentence",
+        weights: Mapping[str, float] | None = None,
+        scale: Scale = "raw",
+    ) -> SegmentOutput:
+        """Score a response after every sentence, or a conversation after every assistant turn.
+
+        What is scored is each beginning as if it were all: closed by the template as a whole
+        response is, so that the last row is what `score` gives, and row by row the same as
+        `score_responses` of the beginnings. A causal backbone reads the text once, and at each end
+        only the few tokens that close a response; an encoder reads each beginning anew.
+
+        Args:
+            prompt: The turns before the response, or the text of a single user turn.
+            response: The answer.
+            by: `sentence`, see `sentence_ends`; or `turn`, each of the assistant's in the prompt
+                after the turns before it, then the response.
+            weights: As for `score`.
+            scale: As for `score`.
+
+        Raises:
+            ValueError: If the prompt has no user turn, or a response is empty.
+            BackboneError: Naming the segment that cannot be embedded.
+        """
+        if by not in get_args(SegmentKind):
+            raise ValueError(f"`by` must be {' or '.join(get_args(SegmentKind))}, got {by!r}.")
+        last = Conversation(_parse_prompt(prompt), response)
+        if by == "sentence":
+            ends = sentence_ends(response)
+            spans = tuple(pairwise((0, *ends)))
+            texts = tuple(response[start:end] for start, end in spans)
+            parts = [Conversation(last.prompt, response[:end]) for end in ends]
+        else:
+            turns = [k for k, m in enumerate(last.prompt) if m.role == "assistant"]
+            parts = [Conversation(last.prompt[:k], last.prompt[k].content) for k in turns]
+            parts.append(last)
+            texts = tuple(part.response for part in parts)
+            spans = tuple((0, len(text)) for text in texts)
+        out = self._score(
+            parts, weights=weights, scale=scale, thresholds=None, batch_size=None, along=True
+        )
+        return SegmentOutput(texts, spans, out)
+
     def compare(self, prompt: Messages | str, a: str, b: str) -> Comparison:
-        """Say how likely response `a` is preferred to `b`, and which objectives decide.
+        """Say how likely response `a` is preferred to `b`, which objectives decide, and what would.
 
         Args:
             prompt: The turns before the response, or the text of a single user turn.
             a: The first response.
             b: The second response.
         """
-        out = self.score_responses(prompt, [a, b])
-        difference = out.contributions[0] - out.contributions[1]
-        score_difference = float(out.score[0] - out.score[1])
+        return self.compare_rows(self.score_responses(prompt, [a, b]), 0, 1)
+
+    def compare_rows(self, out: RewardOutput, a: int, b: int) -> Comparison:
+        """Compare two responses to one prompt that are scored already.
+
+        Args:
+            out: What this model gave, on any scale.
+            a: Row of the first response.
+            b: Row of the second response.
+
+        Raises:
+            ValueError: If the rows have other gating weights: their prompts are not the same.
+        """
+        weights = out.gating_weights[a]
+        if bool(((weights - out.gating_weights[b]).abs() > 1e-9).any()):  # not so where NaN
+            raise ValueError(f"rows {a} and {b} have other gating weights: not of one prompt")
+        difference = out.contributions[a] - out.contributions[b]
+        score_difference = float(out.score[a] - out.score[b])
         order = difference.abs().argsort(descending=True).tolist()
+        changes = {
+            name: abs(score_difference) / weight
+            for name, weight in sorted(
+                zip(out.objectives, weights.tolist(), strict=True), key=lambda item: -item[1]
+            )
+            if weight > 0.0 and not math.isnan(score_difference)
+        }
+        slopes = self._rating_slopes()
         return Comparison(
             probability=float(torch.sigmoid(self.beta * score_difference)),
             score_difference=score_difference,
             reasons={out.objectives[k]: float(difference[k]) for k in order},
+            changes=changes,
+            rating_changes={n: change * slopes[n] for n, change in changes.items() if n in slopes},
         )
+
+    def _rating_slopes(self) -> dict[str, float]:
+        """Ratings per standard deviation of an adjusted reward that follows its own head alone."""
+        slopes = {}
+        for k, objective in enumerate(self.objectives.objectives):
+            head, adjusted = self.head_weights[k], self.adjusted_weights[k]
+            # The multiple of the head that comes closest to the row of the transform.
+            per_reward = float(head @ adjusted) / max(float(head @ head), 1e-300)
+            apart = float((adjusted - per_reward * head).norm())
+            follows = per_reward > 0.0 and apart <= PARALLEL * float(adjusted.norm())
+            if follows and self.links[k] == "identity":
+                slopes[objective.name] = objective.scale[1] / per_reward
+        return slopes
 
     @torch.no_grad()
     def score_embeddings(
@@ -663,11 +761,14 @@ class ArmoRewardModel(PreTrainedModel):
         scale: Scale,
         thresholds: Mapping[str, float] | None,
         batch_size: int | None,
+        along: bool = False,
     ) -> RewardOutput:
         if scale not in get_args(Scale):
             raise ValueError(f"`scale` must be {' or '.join(get_args(Scale))}, got {scale!r}.")
         limits = self._limits(thresholds or {})
-        prompts, responses, truncated = self._embed(conversations, batch_size=batch_size)
+        prompts, responses, truncated = self._embed(
+            conversations, batch_size=batch_size, along=along
+        )
         texts = [conversation.response for conversation in conversations]
         out = self.score_embeddings(responses, prompts, texts=texts, weights=weights)
         out = replace(out, truncated=truncated)
@@ -706,24 +807,31 @@ class ArmoRewardModel(PreTrainedModel):
         return replace(out, passes=passes)
 
     def _embed(
-        self, conversations: Sequence[Conversation], *, batch_size: int | None
+        self, conversations: Sequence[Conversation], *, batch_size: int | None, along: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed each distinct text once; return prompts, responses, and what was cut."""
+        """Embed each distinct text once; return prompts, responses, and what was cut.
+
+        Those that go `along` are beginnings of one conversation, which is read once.
+        """
         numbers: dict[Prompt, dict[str, int]] = {}
         for number, conversation in enumerate(conversations):
             numbers.setdefault(conversation.prompt, {}).setdefault(conversation.response, number)
         groups = [PromptGroup(prompt, tuple(texts)) for prompt, texts in numbers.items()]
-        chunks = _chunks(groups)
+        chunks = _chunks(groups) if not along else [groups]
         parts: list[GroupEmbeddings] = []
         try:
-            parts.extend(self.backbone.embed_chunks(chunks, max_rows=batch_size))
+            if along:
+                parts.append(self.backbone.embed_along(groups))
+            else:
+                parts.extend(self.backbone.embed_chunks(chunks, max_rows=batch_size))
         except BackboneError as error:
             if error.group is None:
                 raise
             group = chunks[len(parts)][error.group]
             of_prompt = numbers[group.prompt]
             text = group.responses[error.response or 0]
-            named = BackboneError(f"conversation {of_prompt[text]}: {error}")
+            what = "segment" if along else "conversation"
+            named = BackboneError(f"{what} {of_prompt[text]}: {error}")
             named.group = of_prompt[text]
             raise named from None
         places = {

@@ -34,7 +34,8 @@ def print_tables(tables: Sequence[Table], console: Console) -> None:
     """Print tables with aligned columns."""
     for table in tables:
         # Text, not strings: names are the user's, and brackets in them are no markup.
-        shown = RichTable(title=table.title, caption=table.note or None, title_justify="left")
+        title, note = Text(table.title, style="table.title"), Text(table.note, "table.caption")
+        shown = RichTable(title=title, caption=note if table.note else None, title_justify="left")
         for name, sample in zip(table.columns, table.rows[0], strict=True):
             shown.add_column(Text(name), justify="left" if isinstance(sample, str) else "right")
         for row in table.rows:
@@ -87,24 +88,34 @@ def to_html(evaluation: Evaluation, *, title: str) -> str:
     }
     body = []
     for table in evaluation.tables:
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>"
-            for row in table.rows
-        )
-        plot = _svg(plots[table.name], table) if table.name in plots and table.rows else ""
+        plot = to_svg(plots[table.name], table) if table.name in plots and table.rows else ""
         body.append(
             f"<section><h2>{html.escape(table.title)}</h2>{plot}"
             f"<p>{html.escape(table.note)}</p><details{'' if plot else ' open'}>"
-            f"<summary>Table</summary><table><tr>{head}</tr>{rows}</table></details></section>"
+            f"<summary>Table</summary>{html_table(table)}</details></section>"
         )
+    return html_page(title, "".join(body))
+
+
+def html_table(table: Table) -> str:
+    """Render a table alone."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell(value))}</td>" for value in row) + "</tr>"
+        for row in table.rows
+    )
+    return f"<table><tr>{head}</tr>{rows}</table>"
+
+
+def html_page(title: str, body: str, *, style: str = "") -> str:
+    """Put a page around its body, which is HTML already; `style` is added to its sheet."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;"
         "padding:0 1rem;color:#222}table{border-collapse:collapse;font-size:14px}"
         "td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
-        "td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}</style>"
-        f"<h1>{html.escape(title)}</h1>{''.join(body)}</html>\n"
+        "td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}"
+        f"{style}</style><h1>{html.escape(title)}</h1>{body}</html>\n"
     )
 
 
@@ -218,7 +229,8 @@ def _plot_counterfactuals(table: Table) -> Figure:
     return figure
 
 
-def _svg(plot: Callable[[Table], Figure], table: Table) -> str:
+def to_svg(plot: Callable[[Table], Figure], table: Table) -> str:
+    """Draw a table as an image that stands in a page; the same table gives the same bytes."""
     buffer = io.StringIO()
     # A fixed salt and no date: the same results give the same bytes. Names are no formulas.
     with matplotlib.rc_context(

@@ -16,7 +16,7 @@ from armo.embed.plan import (
     TokenSequence,
     _add_group,
     _common_length,
-    _within,
+    within,
 )
 from armo.embed.spec import BackboneError, BackboneSpec
 
@@ -565,11 +565,9 @@ def test_a_mean_that_begins_before_the_tails_counts_what_is_shared_once_for_each
 def test_a_part_of_a_row_has_the_parts_of_its_spans_that_lie_within():
     spans = tuple(Span(k, *edges) for k, edges in enumerate([(0, 6), (0, 2), (1, 3), (3, 6)]))
     row = TokenSequence([1, 2, 3, 4, 5, 6], spans)
-    assert _within(row, 2, 4) == TokenSequence(
-        [3, 4], (Span(0, 0, 2), Span(2, 0, 1), Span(3, 1, 2))
-    )
-    assert _within(row, 0, 6) == row
-    assert _within(row, 4, 6).spans == (Span(0, 0, 2), Span(3, 0, 2))
+    assert within(row, 2, 4) == TokenSequence([3, 4], (Span(0, 0, 2), Span(2, 0, 1), Span(3, 1, 2)))
+    assert within(row, 0, 6) == row
+    assert within(row, 4, 6).spans == (Span(0, 0, 2), Span(3, 0, 2))
 
 
 def test_a_group_without_rows_is_its_prompt():

@@ -264,6 +264,89 @@ def test_swapping_the_responses_of_a_comparison_negates_it(model):
         assert back.reasons[name] == pytest.approx(-reason, abs=1e-9)
 
 
+def standardised(backbone, *, leaking=(), links=()):
+    """A model whose adjusted rewards are its own rewards on another scale, but where they leak."""
+    made = make_model(backbone, links=links)
+    made.adjusted_weights.copy_(torch.tensor([0.5, 2.0, 4.0, 1.0, 1.0])[:, None])
+    made.adjusted_weights.mul_(made.head_weights)
+    for k in leaking:
+        made.adjusted_weights[k] += 0.01 * made.head_weights[3]
+    return made
+
+
+PAIR = ("Is it safe?", "Yes.", "No, it warns of risks!")
+
+
+def test_each_change_alone_makes_a_comparison_a_tie(model):
+    comparison = model.compare(*PAIR)
+    out = model.score_responses(PAIR[0], PAIR[1:])
+    loser = int(out.score.argmin())
+    assert {*comparison.changes} == {"helpfulness", "honesty", "harm"}
+    assert [*comparison.changes.values()] == sorted(comparison.changes.values())
+    assert min(comparison.changes.values()) > 0
+    for name, change in comparison.changes.items():
+        adjusted = out.adjusted[loser].clone()
+        adjusted[model.objectives.index(name)] += change
+        tie = float(out.gating_weights[loser] @ adjusted)
+        assert tie == pytest.approx(float(out.score.max()), abs=1e-9)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_each_rating_change_alone_makes_a_comparison_a_tie(causal, swapped):
+    model = standardised(causal)
+    prompt, *responses = PAIR
+    if swapped:
+        responses = responses[::-1]
+    comparison = model.compare(prompt, *responses)
+    out = model.score_responses(prompt, responses, scale="rating")
+    loser = int(out.score.argmin())
+    assert {*comparison.rating_changes} == {"helpfulness", "honesty", "harm"}
+    for name, change in comparison.rating_changes.items():
+        k = model.objectives.index(name)
+        objective = model.objectives.objectives[k]
+        unit = lambda rating, o=objective: (  # noqa: E731  (`to_unit` refuses what is off the scale)
+            (rating - o.low) / (o.high - o.low)
+            if o.higher_is_better
+            else (o.high - rating) / (o.high - o.low)
+        )
+        rating = float(out.rewards[loser, k])
+        ratio = float(model.adjusted_weights[k, 0] / model.head_weights[k, 0])
+        adjusted = out.adjusted[loser].clone()
+        adjusted[k] += ratio * (unit(rating + change) - unit(rating))
+        tie = float(out.gating_weights[loser] @ adjusted)
+        assert tie == pytest.approx(float(out.score.max()), abs=1e-6)
+        assert (change > 0) == objective.higher_is_better
+
+
+def test_there_is_no_rating_change_where_others_leak_in_or_the_reward_is_a_probability(causal):
+    links = ("identity", "logistic", "identity", "identity", "identity")
+    comparison = standardised(causal, leaking=(0,), links=links).compare(*PAIR)
+    assert {*comparison.changes} == {"helpfulness", "honesty", "harm"}
+    assert {*comparison.rating_changes} == {"harm"}
+    backwards = standardised(causal)
+    backwards.adjusted_weights.neg_()
+    assert backwards.compare(*PAIR).rating_changes == {}
+
+
+def test_equal_responses_need_no_change_and_a_skipped_one_has_none(model):
+    assert {*model.compare("Hi", "Yes.", "Yes.").changes.values()} == {0.0}
+    skipping = with_spec(model, on_overlong="skip")
+    assert skipping.compare("Hi", "Yes.", LONG).changes == {}
+    assert skipping.compare("Hi", LONG, "Yes.").changes == {}
+
+
+def test_rows_that_are_scored_already_compare_alike(model, out):
+    expected = model.compare(
+        "How do I boil an egg?", *(CONVERSATIONS[k][-1]["content"] for k in (1, 0))
+    )
+    found = model.compare_rows(out, 1, 0)
+    for name, change in expected.changes.items():
+        assert found.changes[name] == pytest.approx(change, rel=1e-3)
+    assert found.score_difference == pytest.approx(expected.score_difference, abs=1e-4)
+    with pytest.raises(ValueError, match="rows 0 and 2 have other gating weights"):
+        model.compare_rows(out, 0, 2)
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
