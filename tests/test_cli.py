@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from armo import cli
 from armo.embed.backbone import Backbone
+from armo.model.pretrained import SEAL, folder_seal
 
 ROOT = Path(__file__).parents[1]
 PROMPT = [{"role": "user", "content": "Is it safe?"}]
@@ -398,6 +399,10 @@ def test_verify_passes_on_a_good_model_and_fails_on_a_changed_one(saved, tmp_pat
     tensors = load_file(saved / "model.safetensors")
     tensors["head_intercepts"] += 1.0
     save_file(tensors, changed / "model.safetensors", metadata=header)
+    assert "changed after it was written" in error_of("verify", f"model={changed}", "device=cpu")
+    config = json.loads((changed / "config.json").read_text())
+    resealed = {SEAL: folder_seal(config, tensors)}
+    save_file(tensors, changed / "model.safetensors", metadata=resealed)
     assert "golden outputs deviate by 1" in error_of("verify", f"model={changed}", "device=cpu")
     del tensors["adjusted_offset"]
     save_file(tensors, changed / "model.safetensors")
