@@ -1,12 +1,8 @@
 """Export: every format is read back with plain Transformers, or by the published forward pass."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import logging
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +18,9 @@ from test_armorm import (
     published_forward,
     write_checkpoint,
 )
+from test_cli import run
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from armo import cli
 from armo.data.conversation import Message, PreferencePair
 from armo.data.surface import SURFACE_FEATURES, surface_features
 from armo.embed.backbone import load_backbone
@@ -458,24 +454,6 @@ def test_a_backbone_in_bfloat16_stays_in_it_and_its_heads_do_not(causal_folder, 
     tensors = all_tensors(tmp_path / "out")
     assert tensors["model.norm.weight"].dtype == torch.bfloat16
     assert tensors["score.weight"].dtype == torch.float32
-
-
-def run(*arguments):
-    """Run `armo ARGUMENTS` in this process; return exit status, stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    root, argv = logging.getLogger(), sys.argv
-    handlers, level = root.handlers[:], root.level
-    sys.argv = ["armo", *map(str, arguments)]
-    status = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-    except SystemExit as end:
-        status = end.code or 0
-    finally:
-        sys.argv = argv
-        root.handlers[:], root.level = handlers, level
-    return status, out.getvalue(), err.getvalue()
 
 
 def test_the_commands_import_verify_export_and_measure(tmp_path, monkeypatch):
