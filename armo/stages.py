@@ -57,8 +57,9 @@ from armo.fit.probe import can_probe, fit_probe, load_probe, save_probe
 from armo.fit.training import CHECKPOINTS, GatingSummary, load_gating, save_gating
 from armo.model.pretrained import FORMAT
 from armo.model.reward_model import GOLDEN_TOLERANCE, ArmoRewardModel
-from armo.report.evaluate import Mix, Table, evaluate
+from armo.report.evaluate import Mix, evaluate
 from armo.report.pages import print_tables, save_pages, to_markdown
+from armo.report.tables import Table
 
 logger = logging.getLogger(__name__)
 

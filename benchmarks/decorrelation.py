@@ -34,8 +34,9 @@ from armo.fit.decorrelation import (
 )
 from armo.fit.heads import FittedHeads
 from armo.fit.training import fit_gating
-from armo.report.evaluate import Evaluation, Mix, Table, evaluate
+from armo.report.evaluate import Mix, evaluate
 from armo.report.pages import print_tables
+from armo.report.tables import Evaluation, Table
 from armo.stages import train_gate
 
 WITH_LAYOUT = (*STYLE_FEATURES, "paragraphs", "lines")

@@ -40,9 +40,10 @@ from armo.fit.heads import FittedHeads
 from armo.fit.preferences import Preferences
 from armo.fit.probe import load_probe
 from armo.fit.training import Gain, GatingSummary, fit_gating
-from armo.report.evaluate import MARKS, Table
+from armo.report.evaluate import MARKS
 from armo.report.metrics import Interval, bootstrap_contrasts, pairwise_accuracy
 from armo.report.pages import print_tables, to_markdown
+from armo.report.tables import Table
 from armo.stages import training_preferences
 
 # Epochs without improvement: in longer waits no member of the default was seen to improve.

@@ -333,7 +333,7 @@ def embed_rows(
         run_team(folder, load=load, team=team or Team(), shard_rows=shard_rows)
 
         store = EmbeddingStore.open(folder)
-        covariates = _covariate_store(folder, store.shards).read()
+        covariates = covariate_store(folder, store.shards).read()
         tables = _tables(spool, index, covariates=covariates, missing=store.responses.missing())
         _log_left_out(store, tables)
         write_tensors(folder / ROWS, {f.name: getattr(tables, f.name) for f in fields(tables)})
@@ -378,7 +378,7 @@ def _embed_share(
     shards = spool.shards(shard_rows=shard_rows)
     backbone = load(device=str(fabric.device))
     store = EmbeddingStore(folder, backbone.dim, backbone.spec.fingerprint, shards)
-    covariates = _covariate_store(folder, shards)
+    covariates = covariate_store(folder, shards)
     if fabric.global_rank == 0:
         EmbeddingStore.create(
             folder, dim=store.dim, fingerprint=store.fingerprint, shards=store.shards
@@ -429,7 +429,8 @@ def _embed_share(
     fabric.barrier()
 
 
-def _covariate_store(folder: Path, shards: Sequence[Shard]) -> CovariateStore:
+def covariate_store(folder: Path, shards: Sequence[Shard]) -> CovariateStore:
+    """Name the surface features beside the embeddings of a folder."""
     return CovariateStore(folder, SURFACE_FEATURES, SURFACE_VERSION, tuple(shards))
 
 

@@ -149,12 +149,15 @@ class RowIndexer:
     What stays in memory is about 400 bytes per distinct text, and per row 8 for each objective.
     """
 
-    def __init__(self, folder: Path, objectives: ObjectiveSet, *, test_fraction: float) -> None:
-        """Start with no rows; texts go to files in `folder`."""
+    def __init__(
+        self, folder: Path, objectives: ObjectiveSet | None = None, *, test_fraction: float = 0.5
+    ) -> None:
+        """Start with no rows; texts go to files in `folder`. Lists alone need no objectives."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.splits = GroupSplits(test_fraction)
-        self._columns = {o.name: (k, o) for k, o in enumerate(objectives.objectives)}
+        declared = () if objectives is None else objectives.objectives
+        self._columns = {o.name: (k, o) for k, o in enumerate(declared)}
         self._prompts = _Texts(folder / PROMPTS)
         self._responses = _Texts(folder / RESPONSES)
         self._group_of_prompt = array("q")

@@ -556,6 +556,7 @@ class ArmoRewardModel(PreTrainedModel):
         prompts: Float[Tensor, "batch dim"],
         *,
         texts: Sequence[str] | None = None,
+        surface: Float[Tensor, "batch covariates"] | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> RewardOutput:
         """Score embeddings, each response beside the embedding of its prompt.
@@ -565,13 +566,16 @@ class ArmoRewardModel(PreTrainedModel):
             prompts: Embeddings of the prompts.
             texts: The responses themselves; needed if the model has `covariates`, the surface
                 features that are measured on them.
+            surface: All surface features of the responses, instead of their texts.
             weights: As for `score`.
 
         Raises:
             ValueError: If the texts are needed and not given, or are not one per response.
         """
         measured = None
-        if self.covariates:
+        if self.covariates and surface is not None:
+            measured = self._columns(surface)
+        elif self.covariates:
             if texts is None or len(texts) != len(responses):
                 raise ValueError(
                     f"`texts` must be the {len(responses)} responses themselves: this model "

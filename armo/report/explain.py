@@ -21,7 +21,7 @@ from armo.embed.index import RowIndexer
 from armo.embed.spec import BackboneError
 from armo.model.output import Comparison, RewardOutput, Scale
 from armo.model.reward_model import ArmoRewardModel
-from armo.report.evaluate import Table
+from armo.report.tables import Table
 
 # Pairs that are scored together, which bounds the memory.
 CHUNK_PAIRS = 512

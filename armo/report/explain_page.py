@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from armo.data.conversation import Prompt
-from armo.report.evaluate import Table
 from armo.report.explain import Explanation
 from armo.report.pages import AFTER, BEFORE, PALETTE, PLOTTED, html_page, html_table, to_svg
+from armo.report.tables import Table
 
 NO_RUN = (
     "Nearest training prompts are left out: a model folder does not hold them. Give the run that "

@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from armo.artifacts import write_json, write_text
-from armo.report.evaluate import Evaluation, Table
+from armo.report.tables import Evaluation, Table
 
 # Colours that most colour-blind readers tell apart.
 BEFORE, AFTER = "#b0b7c3", "#1f6f8b"

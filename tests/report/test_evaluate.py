@@ -27,9 +27,10 @@ from armo.fit.decorrelation import RewardTransform, style_logits
 from armo.fit.gating import GatingDiagnostics, GatingNetwork
 from armo.fit.heads import FittedHeads, HeadSummary, ObjectiveHeads, RewardUncertainty
 from armo.fit.training import Gain, GatingSummary
-from armo.report.evaluate import DECIDED, MARKS, Evaluation, Mix, Table, evaluate
+from armo.report.evaluate import DECIDED, MARKS, Mix, evaluate
 from armo.report.metrics import bootstrap_interval
 from armo.report.pages import save_pages
+from armo.report.tables import Evaluation, Table
 
 WORDS = ("egg", "dog", "fox", "honest", "risk", "water", "**bold**", "lazy!", "\n- item", "seven")
 CATEGORIES = ("code", "advice", "")

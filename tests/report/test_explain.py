@@ -17,10 +17,10 @@ from armo.embed.boundary import PromptGroup
 from armo.embed.extract import Team, embed_rows
 from armo.embed.spec import BackboneError
 from armo.report import explain
-from armo.report.evaluate import Table
 from armo.report.explain import TrainingPrompts, explain_pairs, read_texts_again
 from armo.report.explain_page import explanation_page, plot_waterfall, plot_weights
 from armo.report.pages import PLOTTED
+from armo.report.tables import Table
 
 MEASURED = ("bold", "log_length", "questions")
 NAME = "<script>alert('&')</script>"

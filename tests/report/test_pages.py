@@ -5,7 +5,6 @@ import re
 import pytest
 from rich.console import Console
 
-from armo.report.evaluate import Evaluation, Table
 from armo.report.pages import (
     PLOTTED,
     _plot_quarters,
@@ -16,6 +15,7 @@ from armo.report.pages import (
     to_html,
     to_markdown,
 )
+from armo.report.tables import Evaluation, Table
 
 RIVALS = Table(
     "rivals",
