@@ -57,9 +57,10 @@ from armo.fit.probe import can_probe, fit_probe, load_probe, save_probe
 from armo.fit.training import CHECKPOINTS, GatingSummary, load_gating, save_gating
 from armo.model.pretrained import FORMAT
 from armo.model.reward_model import GOLDEN_TOLERANCE, ArmoRewardModel
-from armo.report.evaluate import Mix, evaluate
-from armo.report.pages import print_tables, save_pages, to_markdown
-from armo.report.tables import Table
+from armo.report.card import fill_card, new_card
+from armo.report.evaluate import GATED, Mix, evaluate
+from armo.report.pages import print_tables, save_pages
+from armo.report.tables import Evaluation, Table
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ logger = logging.getLogger(__name__)
 READ_ROWS = 65536
 
 STAGES = ("embed", "heads", "decorrelation", "gating", "model", "report")
+# Of the report, in the model card.
+CARD_TABLES = ("objectives", "errors", "judgements", "rivals", "quarters", "style")
 FOLDERS = {"embed": "embeddings"} | {name: name for name in STAGES if name != "embed"}
 
 
@@ -501,7 +504,7 @@ def run_model(run: Run, *, backbone: Callable[[], Backbone]) -> None:
             decorrelation_table(transforms.summaries),
             gating_table(summary),
         ]
-        card = to_markdown(tables, title="An armo reward model") + _card_usage(model)
+        card = new_card(tables, spec=model.backbone.spec, usage=_card_usage(model))
         model.save_pretrained(folder, golden=golden, card=card)
         run.console.print(f"saved {folder}")
 
@@ -545,6 +548,8 @@ def run_report(
             seed=run.seed,
         )
         save_pages(evaluation, folder, title=f"Report on {run.folder.name}")
+        if run.source is None or "model" in run.stages:  # what another run made stays as it is
+            _fill_card(run, evaluation)
         print_tables([_brief(table) for table in evaluation.tables], run.console)
         run.console.print(f"saved {folder / 'report.html'}")
 
@@ -730,6 +735,24 @@ def text_deviation(model: ArmoRewardModel, data: EmbeddedData) -> float:
         fresh = model.score_responses(example["prompt"], example["responses"])
         largest = max(largest, float((stored.score - fresh.score).abs().max()))
     return largest
+
+
+def _fill_card(run: Run, evaluation: Evaluation) -> None:
+    """Put the main tables of the report into the card of the model."""
+    measured = [_brief(table) for table in evaluation.tables if table.name in CARD_TABLES]
+    fill_card(
+        run.stage_folder("model"),
+        measured,
+        title="Measured on held-out prompts",
+        name=run.folder.name,
+        accuracies=[
+            (f"held-out pairs of {run.folder.name}", row[1])
+            for table in measured
+            if table.name == "rivals"
+            for row in table.rows
+            if row[0] == GATED
+        ],
+    )
 
 
 def _brief(table: Table) -> Table:

@@ -327,10 +327,10 @@ def read_uncertainty(
 def download_folder(
     id: str,
     *,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> Path:
     """Fetch a model folder from the hub, or say plainly that there is none."""
     try:

@@ -1,6 +1,6 @@
 """What a model says of response lists, computed once, from which every table is made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,6 +29,11 @@ class ScoredLists:
     adjusted: Float[Tensor, "responses objectives"]
     gating_weights: Float[Tensor, "responses objectives"]
     truncated: Bool[Tensor, " responses"]
+
+    def part(self, rows: slice) -> "ScoredLists":
+        """What is said of some of the responses."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objectives"}
+        return ScoredLists(self.objectives, **{name: t[rows] for name, t in tensors.items()})
 
 
 def score_lists(model: ArmoRewardModel, lists: EmbeddedLists) -> ScoredLists:

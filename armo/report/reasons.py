@@ -1,0 +1,91 @@
+"""What scores are made of: weights by kind of prompt, and how objectives hang together."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from armo.data.conversation import ResponseList
+from armo.fit.decorrelation import deviate, spearman
+from armo.report.scoring import ScoredLists
+from armo.report.tables import Table
+
+
+def weights_table(rows: Sequence[ResponseList], models: Mapping[str, ScoredLists]) -> Table:
+    """Mean gating weights of each model by kind of prompt, the objectives it weighs most first.
+
+    Args:
+        rows: The lists; the kind of a prompt is the part of its category before a slash.
+        models: What each model says of their responses, by its name.
+    """
+    starts = _starts(rows)
+    kinds = [row.category.partition("/")[0] or "(no kind)" for row in rows]
+    entries = []
+    for name, scored in models.items():
+        weights = scored.gating_weights[starts]
+        known = ~weights.isnan().any(1)
+        mean = weights[known].mean(0)
+        order = mean.argsort(descending=True).tolist()
+        for kind in sorted(set(kinds)):
+            here = torch.tensor([each == kind for each in kinds]) & known
+            if not bool(here.any()):
+                continue
+            average = weights[here].mean(0)
+            entries += [
+                (name, kind, int(here.sum()), scored.objectives[k], float(average[k]))
+                for k in order
+                if float(weights[known][:, k].max()) > 0.0  # not those that are never mixed
+            ]
+    return Table(
+        "weights_by_kind",
+        "What counts, by kind of prompt: mean gating weights",
+        ("model", "kind", "prompts", "objective", "weight"),
+        tuple(entries),
+        "Objectives without any weight are left out.",
+    )
+
+
+def correlation_table(rows: Sequence[ResponseList], models: Mapping[str, ScoredLists]) -> Table:
+    """Correlate objectives within prompts, before and after decorrelation, model by model.
+
+    Args:
+        rows: The lists; those of one response say nothing.
+        models: What each model says of their responses, by its name.
+    """
+    lists = torch.arange(len(rows)).repeat_interleave(
+        torch.tensor([len(row.responses) for row in rows])
+    )
+    entries: list[tuple[str, str, str, float, float]] = []
+    for name, scored in models.items():
+        known = ~scored.score.isnan()
+        before, after = (
+            _within(values[known], lists[known]) for values in (scored.rewards, scored.adjusted)
+        )
+        names = scored.objectives
+        entries += [
+            (name, names[i], names[j], float(before[i, j]), float(after[i, j]))
+            for i in range(len(names))
+            for j in range(i)
+        ]
+    return Table(
+        "correlations",
+        "How objectives go together, before and after decorrelation",
+        ("model", "objective", "other", "rewards", "adjusted"),
+        tuple(entries),
+        "Spearman's correlation between responses to one prompt: of the rewards, and of the "
+        "adjusted rewards that the score is mixed from.",
+    )
+
+
+def _within(
+    values: Float[Tensor, "responses objectives"], lists: Tensor
+) -> Float[Tensor, "objectives objectives"]:
+    deviations = deviate(values, lists, scope="within_prompt")
+    return spearman(deviations, deviations)
+
+
+def _starts(rows: Sequence[ResponseList]) -> Tensor:
+    """First response of each list: its weights are those of the prompt."""
+    counts = torch.tensor([len(row.responses) for row in rows])
+    return counts.cumsum(0) - counts
