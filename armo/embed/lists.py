@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,35 +60,30 @@ class EmbeddedLists:
 
 
 def embed_lists(
-    folder: Path,
-    rows: Sequence[ResponseList],
-    *,
-    load: Callable[..., Backbone],
-    fingerprint: str,
-    team: Team | None = None,
-    shard_rows: int = 1024,
+    folder: Path, rows: Sequence[ResponseList], *, backbone: Backbone, shard_rows: int = 1024
 ) -> EmbeddedLists:
     """Embed the rows, or go on where an earlier call stopped, or read what it finished.
 
     Args:
         folder: Where to write.
-        rows: The lists.
-        load: Loads the backbone, given `device`; not called if all is there already.
-        fingerprint: Of the backbone that it loads.
-        team: Processes that share the work; one by default.
+        rows: The lists; their sides of a split do not matter.
+        backbone: The frozen language model.
         shard_rows: Responses per shard, about: what a cut-off call loses at most.
 
     Raises:
         ArtifactError: If another process is writing to the folder.
         BackboneError: If a text cannot be embedded, naming the row it comes from.
     """
-    header = {"rows": _digest(rows), "fingerprint": fingerprint}
+    header = {"rows": _digest(rows), "fingerprint": backbone.spec.fingerprint}
     with exclusive(folder):
         if not (folder / HEADER).is_file() or read_json(folder / HEADER) != header:
             indexer = RowIndexer(folder / TEXTS)
             indexer.add_lists(replace(row, split=None) for row in rows)  # there are no sides here
             spool, index = indexer.finish()
-            run_team(folder, load=load, team=team or Team(), shard_rows=shard_rows)
+            # One process, this one; the backbone stays on its own device.
+            run_team(
+                folder, load=lambda device: backbone, team=Team("cpu", 1), shard_rows=shard_rows
+            )
             write_tensors(
                 folder / INDEX,
                 {
