@@ -125,6 +125,7 @@ def bootstrap_estimates(
     over = filled - filled[reference]
     columns = torch.cat([over.transpose(0, 1).flatten(1), filled[reference], inside], dim=1)
     sums = _cluster_sums(columns, groups)
+    coefficients = coefficients.double()
     uses = (coefficients != 0.0).double()
 
     def lines(
