@@ -20,8 +20,8 @@ from armo.fit.preferences import ranked_right
 from armo.fit.training import GatingSummary
 from armo.report.metrics import (
     Interval,
-    bootstrap_contrasts,
     bootstrap_correlation,
+    bootstrap_estimates,
     bootstrap_interval,
     pairwise_accuracy,
     rank_correlation,
@@ -345,21 +345,25 @@ def _rival_table(
         "length and format": style([*length, *formats]),
     }
     groups = tables.group_of_response[chosen[test]]
-    own = pairwise_accuracy(rivals[GATED])
-    rows, gains = [], {}
-    for name, differences in rivals.items():
-        credit = pairwise_accuracy(differences)
-        interval = bootstrap_interval(credit, groups, seed=seed)
-        gains[name] = bootstrap_interval(own - credit, groups, seed=seed)
-        rows.append((name, *_spread(interval), *(_spread(gains[name]) if name != GATED else _NONE)))
+    credits = torch.stack([pairwise_accuracy(differences) for differences in rivals.values()])
+    whole = torch.ones(1, 1, dtype=torch.float64)
+    found = bootstrap_estimates(credits[:, :, None], whole, groups, seed=seed)
+    lines = torch.cat([found.mean, found.low, found.high], dim=1).tolist()
+    # Ahead is the gate: the gain of a rival, from the other side.
+    ahead = 0.0 - torch.cat([found.gain, found.gain_high, found.gain_low], dim=1)
+    behind = dict(zip(rivals, ahead.tolist(), strict=True))
+    rows = [
+        (name, *line, *((*behind[name], p_value) if name != GATED else (*_NONE, None)))
+        for name, line, p_value in zip(rivals, lines, found.p_value[:, 0].tolist(), strict=True)
+    ]
     return Table(
         "rivals",
         "Which of two responses is preferred: accuracy",
-        ("score", "accuracy", "low", "high", "gate is ahead by", "from", "to"),
+        ("score", "accuracy", "low", "high", "gate is ahead by", "from", "to", "p"),
         tuple(rows),
         f"{len(test)} test pairs on {len(groups.unique())} prompts; 95 % bootstrap intervals over "
-        f"prompts, paired for the difference; a tie counts half. "
-        f"{_verdict(after.summary, gains['best constant mix'])}",
+        f"prompts, paired for the difference, and p of no difference; a tie counts half. "
+        f"{_verdict(after.summary, Interval(*behind['best constant mix']))}",
     )
 
 
@@ -535,13 +539,15 @@ def _quarter_table(data: EmbeddedData, after: _Scored, before: _Scored, *, seed:
             "more formatted less plainer": [0.0, 0.0, 1.0, -1.0],
         }
     groups = tables.group_of_response[chosen]
-    columns = []
-    for scored in (before, after) if there else ():
-        credit = pairwise_accuracy(scored.score[chosen] - scored.score[rejected])
+    columns: list[list[Interval]] = [[], []]
+    if there:
+        scores = torch.stack([before.score, after.score])
+        credit = pairwise_accuracy((scores[:, chosen] - scores[:, rejected]).flatten())
         inside = torch.stack([quarters[name] for name in there], dim=1)
-        parts = torch.where(inside, credit[:, None], torch.nan)
+        parts = torch.where(inside, credit.reshape(2, -1, 1), torch.nan)
         contrasts = torch.tensor(list(rows.values()), dtype=torch.float64)
-        columns.append(bootstrap_contrasts(parts, contrasts, groups, seed=seed))
+        found = bootstrap_estimates(parts, contrasts, groups, seed=seed)
+        columns = [found.intervals(k) for k in range(2)]
     return Table(
         "quarters",
         "Accuracy by the style of the chosen response, before and after decorrelation",

@@ -28,7 +28,7 @@ from armo.fit.gating import GatingDiagnostics, GatingNetwork
 from armo.fit.heads import FittedHeads, HeadSummary, ObjectiveHeads, RewardUncertainty
 from armo.fit.training import Gain, GatingSummary
 from armo.report.evaluate import DECIDED, MARKS, Mix, evaluate
-from armo.report.metrics import bootstrap_interval
+from armo.report.metrics import bootstrap_estimates, bootstrap_interval
 from armo.report.pages import save_pages
 from armo.report.tables import Evaluation, Table
 
@@ -282,6 +282,7 @@ def test_the_accuracy_of_every_rival_is_that_of_a_slow_recomputation(case):
         if name != "gated score":
             gain = own - mean_credit(differences)
             assert rivals[name]["gate is ahead by"] == pytest.approx(gain)
+            assert rivals[name]["from"] <= gain <= rivals[name]["to"]
     assert len({row["accuracy"] for row in rivals.values()}) > 4
 
 
@@ -327,8 +328,24 @@ def test_the_intervals_of_the_rivals_are_over_prompts(case):
     ]
     groups = torch.tensor([int(pair.id[1:].split("-")[0]) for pair in pairs])
     expected = bootstrap_interval(torch.tensor(credit), groups, seed=3)
-    row = rows_of(case, "rivals", "score")["gated score"]
+    rivals = rows_of(case, "rivals", "score")
+    row = rivals["gated score"]
     assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
+    assert row["gate is ahead by"] is row["p"] is None
+    other = [
+        float(
+            case.score(p.prompt, p.chosen, mix=case.other)
+            > case.score(p.prompt, p.rejected, mix=case.other)
+        )
+        for p in pairs
+    ]
+    both = torch.tensor([other, credit])[..., None]  # the gain of the gate over its rival
+    found = bootstrap_estimates(both, torch.ones(1, 1), groups, seed=3)
+    row = rivals["gated score, not decorrelated"]
+    assert (row["from"], row["to"], row["p"]) == pytest.approx(
+        (float(found.gain_low[1]), float(found.gain_high[1]), float(found.p_value[1]))
+    )
+    assert row["from"] < row["to"]
     assert "24 test pairs on 12 prompts" in case.evaluation.table("rivals").note
 
 

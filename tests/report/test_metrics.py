@@ -7,15 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from armo.report import metrics
 from armo.report.metrics import (
     Interval,
     bootstrap_contrasts,
     bootstrap_correlation,
+    bootstrap_estimates,
     bootstrap_interval,
     pairwise_accuracy,
     rank_correlation,
+    resampled_counts,
     within_prompt_correlation,
 )
+
+ONE = torch.ones(1, 1, dtype=torch.float64)
 
 
 def draw(*shape, seed=0):
@@ -85,61 +90,194 @@ def test_no_values_have_no_interval():
         bootstrap_interval(torch.zeros(0), torch.zeros(0, dtype=torch.long))
 
 
-def slow_contrasts(values, contrasts, groups, *, seed, draws):
-    """Means of the parts of whole prompts drawn with replacement, row by row."""
+def slow_lines(values, coefficients, groups, *, seed, draws):
+    """Lines of the whole and of each resample, [models][lines], row by row; NaN without rows."""
     names = sorted(set(groups.tolist()))
     rows_of = [[row for row in range(len(groups)) if int(groups[row]) == name] for name in names]
     generator = torch.Generator().manual_seed(seed)
 
-    def combine(rows):
-        means = []
-        for part in values.T.tolist():
+    def combine(model, line, rows):
+        total = 0.0
+        for part, coefficient in zip(model.T.tolist(), line.tolist(), strict=True):
             there = [part[row] for row in rows if not math.isnan(part[row])]
-            if not there:
-                return None
-            means.append(sum(there) / len(there))
-        return [sum(c * m for c, m in zip(row, means, strict=True)) for row in contrasts.tolist()]
+            if coefficient and not there:
+                return math.nan
+            total += coefficient * sum(there) / max(len(there), 1)
+        return total
+
+    def table(rows):
+        return [[combine(model, line, rows) for line in coefficients] for model in values]
 
     drawn = []
     for _ in range(draws):
         picked = torch.randint(len(names), (len(names),), generator=generator).tolist()
-        combined = combine([row for k in picked for row in rows_of[k]])
-        if combined is not None:
-            drawn.append(combined)
-    low, high = np.quantile(np.array(drawn), [0.025, 0.975], axis=0)
-    return combine(range(len(groups))), low.tolist(), high.tolist(), len(drawn)
+        drawn.append(table([row for k in picked for row in rows_of[k]]))
+    return np.array(table(range(len(groups)))), np.array(drawn)
+
+
+def drawn_parts(seed, share, *, models):
+    """Values of thirty units of some prompts in three parts, and lines of the parts."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = 5 * torch.randint(8, (30,), generator=generator)
+    values = draw(models, 30, 3, seed=seed + 1)
+    inside = torch.rand(30, 3, generator=generator) < share
+    inside[seed % 30] = True
+    lines = torch.tensor([[1.0, 0.0, 0.0], [1.0, -1.0, 0.0], [0.5, 0.25, 0.25]]).double()
+    return values.where(inside, torch.nan), lines, groups
 
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 99), share=st.sampled_from([0.1, 0.4, 0.9]))
 def test_contrasts_are_those_of_resampling_whole_prompts_row_by_row(seed, share):
-    generator = torch.Generator().manual_seed(seed)
-    groups = 5 * torch.randint(8, (30,), generator=generator)
-    values = draw(30, 3, seed=seed + 1)
-    inside = torch.rand(30, 3, generator=generator) < share
-    inside[seed % 30] = True
-    values = values.where(inside, torch.nan)
-    contrasts = torch.tensor([[1.0, 0.0, 0.0], [1.0, -1.0, 0.0], [0.5, 0.25, 0.25]]).double()
-    found = bootstrap_contrasts(values, contrasts, groups, seed=seed, draws=100)
-    means, low, high, used = slow_contrasts(values, contrasts, groups, seed=seed, draws=100)
+    values, contrasts, groups = drawn_parts(seed, share, models=1)
+    found = bootstrap_contrasts(values[0], contrasts, groups, seed=seed, draws=100)
+    [means], drawn = slow_lines(values, contrasts, groups, seed=seed, draws=100)
+    low, high = np.nanquantile(drawn[:, 0], [0.025, 0.975], axis=0)
     assert [each.mean for each in found] == pytest.approx(means)
     assert [each.low for each in found] == pytest.approx(low)
     assert [each.high for each in found] == pytest.approx(high)
-    assert share == 0.1 or used > 90
+    assert share == 0.1 or np.isnan(drawn).mean() < 0.1
 
 
-def test_a_resample_that_leaves_a_part_empty_is_left_out():
+@settings(max_examples=10)
+@given(seed=st.integers(0, 99), share=st.sampled_from([0.1, 0.4, 0.9]), reference=st.integers(0, 2))
+def test_estimates_of_several_models_are_those_of_the_same_prompts_drawn_row_by_row(
+    seed, share, reference
+):
+    values, lines, groups = drawn_parts(seed, share, models=3)
+    values[1] += 0.5  # some p-values are to be small
+    found = bootstrap_estimates(values, lines, groups, reference=reference, seed=seed, draws=99)
+    mean, drawn = slow_lines(values, lines, groups, seed=seed, draws=99)
+    over, gains = mean - mean[reference], drawn - drawn[:, reference, None]
+    below, above = (gains <= 1e-9).sum(0), (gains >= -1e-9).sum(0)
+    expected = {
+        "mean": mean,
+        "low": np.nanquantile(drawn, 0.025, axis=0),
+        "high": np.nanquantile(drawn, 0.975, axis=0),
+        "gain": over,
+        "gain_low": np.nanquantile(gains, 0.025, axis=0),
+        "gain_high": np.nanquantile(gains, 0.975, axis=0),
+        "p_value": np.minimum(
+            1.0, 2 * (1 + np.minimum(below, above)) / (1 + (~np.isnan(gains)).sum(0))
+        ),
+    }
+    for name, value in expected.items():
+        assert getattr(found, name).numpy() == pytest.approx(value, abs=1e-12), name
+    assert found.p_value[reference].tolist() == [1.0, 1.0, 1.0]
+
+
+@given(at_once=st.integers(1, 2000), seed=st.integers(0, 9))
+def test_estimates_do_not_depend_on_how_many_resamples_are_in_memory(at_once, seed):
+    values, lines, groups = drawn_parts(seed, 0.4, models=2)
+    expected = bootstrap_estimates(values, lines, groups, seed=seed, draws=100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "COUNTS_AT_ONCE", at_once)
+        found = bootstrap_estimates(values, lines, groups, seed=seed, draws=100)
+    for name in ("mean", "low", "high", "gain", "gain_low", "gain_high", "p_value"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=0.0, atol=1e-12, equal_nan=True
+        )
+
+
+def test_counts_are_those_of_whole_draws_one_after_the_other(monkeypatch):
+    monkeypatch.setattr(metrics, "COUNTS_AT_ONCE", 50)
+    counts = list(resampled_counts(7, seed=3, draws=20))
+    assert [len(some) for some in counts] == [7, 7, 6]
+    generator = torch.Generator().manual_seed(3)
+    for row in torch.cat(counts):
+        drawn = torch.randint(7, (7,), generator=generator)
+        assert row.tolist() == torch.bincount(drawn, minlength=7).tolist()
+
+
+def test_p_values_are_about_uniform_where_two_models_are_alike():
+    count, small = 400, 0
+    groups = torch.arange(120) // 2
+    generator = torch.Generator().manual_seed(0)
+    p_values = []
+    for seed in range(count):
+        # Credits of two models that are right as often, and together on hard and easy prompts.
+        easy = torch.rand(60, generator=generator)[groups]
+        right = torch.rand(2, 120, 1, generator=generator) < easy[:, None]
+        found = bootstrap_estimates(right.double(), ONE, groups, seed=seed, draws=400)
+        p_values.append(float(found.p_value[1]))
+        outside = found.gain_low[1] > 0 or found.gain_high[1] < 0
+        small += outside
+        assert bool(outside) == (p_values[-1] < 0.05) or abs(p_values[-1] - 0.05) < 0.02
+    for level in (0.05, 0.1, 0.25, 0.5, 0.75):
+        share = np.mean(np.array(p_values) <= level)
+        assert abs(share - level) < 3.5 * math.sqrt(level * (1 - level) / count), level
+    assert 0.02 < small / count < 0.09
+
+
+def test_a_difference_that_is_there_has_a_small_p_value_and_never_zero():
+    right = torch.zeros(2, 200, 1, dtype=torch.float64)
+    right[1, ::4] = 1.0
+    found = bootstrap_estimates(right, ONE, torch.arange(200), draws=1000)
+    assert found.p_value[1].tolist() == [2 / 1001]
+    worse = bootstrap_estimates(right, ONE, torch.arange(200), reference=1, draws=1000)
+    assert worse.p_value[0].tolist() == [2 / 1001]
+
+
+def test_gains_are_paired_and_not_those_of_two_models_apart():
+    shared = draw(300, seed=1)
+    values = torch.stack([shared, shared + 0.05 + 0.01 * draw(300, seed=2)])[..., None]
+    found = bootstrap_estimates(values, ONE, torch.arange(300))
+    assert width(Interval(0.0, float(found.low[1]), float(found.high[1]))) > 0.15
+    assert 0.045 < float(found.gain_low[1]) < float(found.gain_high[1]) < 0.055
+
+
+def test_equal_models_differ_by_exactly_nothing():
+    values = (draw(1, 90, 2, seed=5) / 3).expand(3, 90, 2)
+    lines = torch.tensor([[0.3, 0.7], [1.0, -1.0]]).double()
+    found = bootstrap_estimates(values, lines, torch.arange(90) // 3)
+    for zeros in (found.gain, found.gain_low, found.gain_high):
+        assert zeros.tolist() == [[0.0, 0.0]] * 3
+    assert found.p_value.tolist() == [[1.0, 1.0]] * 3
+    assert found.low[0].tolist() == found.low[2].tolist()
+
+
+def test_models_see_the_same_draws_whoever_stands_beside_them():
+    values, lines, groups = drawn_parts(3, 0.9, models=4)
+    together = bootstrap_estimates(values, lines, groups)
+    for k in range(4):
+        alone = bootstrap_contrasts(values[k], lines, groups)
+        assert [each.low for each in alone] == pytest.approx(together.low[k].tolist())
+        assert [each.high for each in together.intervals(k)] == pytest.approx(
+            [each.high for each in alone]
+        )
+
+
+def test_a_resample_that_leaves_a_part_empty_is_left_out_of_the_lines_with_that_part():
     values = torch.tensor([[1.0, torch.nan], [0.0, 5.0], [2.0, torch.nan]]).double()
-    contrasts = torch.eye(2, dtype=torch.float64)
-    *_, used = slow_contrasts(values, contrasts, torch.arange(3), seed=0, draws=100)
-    assert 50 < used < 90
-    _, rare = bootstrap_contrasts(values, contrasts, torch.arange(3), draws=100)
+    contrasts = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double()
+    _, drawn = slow_lines(values[None], contrasts, torch.arange(3), seed=0, draws=100)
+    assert 10 < np.isnan(drawn[:, 0, 1]).sum() < 50
+    common, rare = bootstrap_contrasts(values, contrasts, torch.arange(3), draws=100)
     assert rare == Interval(5.0, 5.0, 5.0)
+    assert common == bootstrap_interval(values[:, 0], torch.arange(3), draws=100)
+
+
+def test_a_line_that_no_resample_holds_has_no_interval():
+    rare = 40
+    values = torch.full((2, rare, rare), torch.nan).double()
+    values[:, range(rare), range(rare)] = 1.0  # each part has one unit; no draw holds all forty
+    lines = torch.stack([torch.full((rare,), 1.0 / rare), torch.eye(rare)[0]]).double()
+    found = bootstrap_estimates(values, lines, torch.arange(rare), draws=50)
+    assert found.mean.tolist() == pytest.approx(np.ones((2, 2)))
+    assert found.low.isnan().tolist() == [[True, False]] * 2
+    assert found.p_value.isnan().tolist() == [[True, False]] * 2
+
+
+def test_parts_have_the_same_units_for_every_model():
+    values = torch.zeros(2, 3, 1).double()
+    values[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="units differ between models"):
+        bootstrap_estimates(values, ONE, torch.arange(3))
 
 
 def test_a_part_without_rows_is_refused():
     values = torch.tensor([[1.0, torch.nan], [0.0, torch.nan]]).double()
-    with pytest.raises(ValueError, match="`values` has a part without rows"):
+    with pytest.raises(ValueError, match="`values` has a part without units"):
         bootstrap_contrasts(values, torch.eye(2, dtype=torch.float64), torch.arange(2))
 
 
