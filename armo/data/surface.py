@@ -65,7 +65,7 @@ FORMAT_FEATURES = tuple(name for name in SURFACE_FEATURES if name != "log_length
 SURFACE_VERSION = 2
 """To be raised whenever some text measures differently: stored covariates are then made again."""
 
-_AFFIRMATIVE = ("sure", "certainly", "of course", "absolutely", "great")
+AFFIRMATIVE = ("sure", "certainly", "of course", "absolutely", "great")
 _EXCLAMATIONS = "!\uff01\ufe57\u203c\u2049\u2048\u055c"
 _QUESTIONS = "?\uff1f\ufe56\u2047\u2049\u2048\u061f\u055e\u037e\u1367"
 _COUNTED = {
@@ -129,7 +129,7 @@ def _measure(response: str) -> list[float]:
     opening = response.lstrip(" \t\r\n#*_>")[:32].casefold()
     measured["affirmative"] = any(
         opening.startswith(word) and not opening[len(word) : len(word) + 1].isalnum()
-        for word in _AFFIRMATIVE
+        for word in AFFIRMATIVE
     )
     return list(measured.values())
 
@@ -234,23 +234,27 @@ def _words(text: str) -> int:
     return int(letters) + sum(_PUNCTUATION.fullmatch(piece) is None for piece in rest.split())
 
 
+def find_emoji(line: str) -> Iterator[tuple[int, int]]:
+    """Yield where each emoji that counts begins and ends in a line."""
+    if line.isascii() or _PICTURE.search(line) is None:
+        return
+    for entry in emoji.emoji_list(line):
+        if _PICTURE.search(entry["emoji"]):
+            yield entry["match_start"], entry["match_end"]
+
+
 def _emoji(text: str) -> int:
     if text.isascii() or _PICTURE.search(text) is None:
         return 0
-    found = [
-        entry["emoji"]
-        for line in text.split("\n")
-        if _PICTURE.search(line)
-        for entry in emoji.emoji_list(line)
-    ]
-    return sum(_PICTURE.search(each) is not None for each in found)
+    return sum(1 for line in text.split("\n") for _ in find_emoji(line))
 
 
 def _marks(text: str, marks: str) -> int:
     return sum(map(text.count, marks[:1] if text.isascii() else marks))
 
 
-def _commonmark() -> MarkdownIt:
+def commonmark() -> MarkdownIt:
+    """Return a parser of the Markdown that is measured: CommonMark, with tables."""
     # Deeper than people nest, where the parser would leave out the rest of the text.
     return MarkdownIt("commonmark", {"maxNesting": 100}).enable("table")
 
@@ -258,12 +262,12 @@ def _commonmark() -> MarkdownIt:
 @cache
 def _block_parser() -> MarkdownIt:
     """Parse blocks alone: what stands in them seldom needs a parser."""
-    return _commonmark().disable(["inline", "text_join"])
+    return commonmark().disable(["inline", "text_join"])
 
 
 @cache
 def _span_parser(*, addresses: bool) -> MarkdownIt:
-    parser = _commonmark()
+    parser = commonmark()
     if addresses:
         parser = MarkdownIt("commonmark", {"maxNesting": 100, "linkify": True}).enable("linkify")
         assert parser.linkify is not None
