@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from armo.data.conversation import (
     Conversation,
@@ -44,7 +44,12 @@ def load_ratings(path: Paths, *, objectives: ObjectiveSet) -> list[RatedResponse
     return list(stream_ratings(path, objectives=objectives))
 
 
-def stream_ratings(path: Paths, *, objectives: ObjectiveSet) -> Iterator[RatedResponse]:
+def stream_ratings(
+    path: Paths,
+    *,
+    objectives: ObjectiveSet,
+    undeclared: Literal["refuse", "leave_out"] = "refuse",
+) -> Iterator[RatedResponse]:
     """Read rated responses: `{"id", "source", "messages", "ratings"}`, the answer last.
 
     Ratings are checked against the declared scales but not rescaled; null means missing. A row may
@@ -53,6 +58,7 @@ def stream_ratings(path: Paths, *, objectives: ObjectiveSet) -> Iterator[RatedRe
     Args:
         path: A file, a folder (all its files in name order), a list of them, or `builtin`.
         objectives: The declared objectives; a row may rate any of them.
+        undeclared: What to do with a rating on another objective.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
@@ -64,7 +70,7 @@ def stream_ratings(path: Paths, *, objectives: ObjectiveSet) -> Iterator[RatedRe
             raise ValueError("the last of `messages` must be the assistant's answer")
         ratings: dict[str, float] = {}
         for name, rating in _field(row, "ratings", dict).items():
-            if rating is None:
+            if rating is None or (undeclared == "leave_out" and name not in objectives.names):
                 continue
             _check_declared(name, objectives)
             value = _number(rating, f"rating of {name!r}")

@@ -15,7 +15,7 @@ import math
 import random
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -242,6 +242,49 @@ def compose() -> dict[str, list[dict[str, Any]]]:
         "preferences.jsonl.gz": preferences,
         "counterfactuals.jsonl.gz": counterfactuals,
     }
+
+
+def compose_candidates(
+    count: int, *, prompts_per_kind: int | None = None
+) -> Iterator[tuple[dict[str, Any], list[Composed]]]:
+    """Compose many responses to each test prompt, to choose the best of: none is in the files.
+
+    What a response does and how it is put are drawn independently of each other: each kind of
+    answer, with any false claims and any reckless remarks, in any style and at any length. No two
+    texts of a prompt are the same.
+
+    Args:
+        count: Responses per prompt.
+        prompts_per_kind: How many test prompts of each kind, the first ones; all of them, if None.
+
+    Yields:
+        Each prompt with its responses, in the order of the files.
+    """
+    prompts = load_content()
+    split = _splits(prompts)
+    taken = dict.fromkeys(PREFERENCE_WEIGHTS, 0)
+    for prompt in prompts:
+        if split[prompt["id"]] != "test" or taken[prompt["kind"]] == prompts_per_kind:
+            continue
+        taken[prompt["kind"]] += 1
+        rng = random.Random(f"{SEED}:{prompt['id']}:candidates")
+        bases = ["full", "half", "vague"]
+        if prompt.get("harmful"):
+            bases.append("comply")
+        elif "snippet" not in prompt:  # see `_acts`
+            bases.append("refusal")
+        composed: dict[str, Composed] = {}
+        while len(composed) < count:
+            acts = Acts(rng.choice(bases), rng.randint(-2, 1), rng.randint(-2, 1))
+            response = _respond(prompt, acts, rng, confounded=False)
+            composed.setdefault(response.text, response)
+        yield prompt, list(composed.values())
+
+
+def utility(kind: str, ratings: Mapping[str, float]) -> float:
+    """How good a response is on the whole, on [0, 1]: what preferences are made by."""
+    weighted = sum(weight * ratings[name] for name, weight in PREFERENCE_WEIGHTS[kind].items())
+    return (weighted - 1.0) / 4.0
 
 
 def render(prompt: dict[str, Any], acts: Acts, style: Style, rng: random.Random) -> str:
