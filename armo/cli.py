@@ -253,7 +253,7 @@ def score(cfg: DictConfig) -> None:
     from armo.data.sources import load_scorable
     from armo.model.reward_model import ArmoRewardModel
 
-    rows = load_scorable(cfg.input)
+    rows = load_scorable(cfg.input, columns=_columns(cfg))
     model = ArmoRewardModel.from_pretrained(
         cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
     )
@@ -293,7 +293,7 @@ def explain(cfg: DictConfig) -> None:
     from armo.report.explain_page import NO_RUN, explanation_page
     from armo.report.pages import print_tables
 
-    rows = load_scorable(cfg.input, responses=2)
+    rows = load_scorable(cfg.input, responses=2, columns=_columns(cfg))
     if cfg.nearest < 1:
         raise ValueError(f"`nearest` must be at least 1, got {cfg.nearest}")
     model = ArmoRewardModel.from_pretrained(
@@ -328,6 +328,10 @@ def explain(cfg: DictConfig) -> None:
     if cfg.output is not None:
         write_text(Path(cfg.output), explanation_page(kept, title=f"Pairs of {cfg.input}"))
         console.print(f"saved {cfg.output}")
+
+
+def _columns(cfg: DictConfig) -> Any:
+    return OmegaConf.to_container(cfg.columns) if cfg.columns is not None else None
 
 
 def _training_prompts(run: Path, model: Any, *, texts: Path) -> Any:

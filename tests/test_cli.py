@@ -193,6 +193,23 @@ def test_score_writes_what_the_model_returns(scored, encoder):
     assert results[0]["score"] == pytest.approx(results[1]["score"][0], abs=1e-5)
 
 
+def test_score_and_explain_read_tables_with_a_map_of_their_columns(scored, saved, tmp_path):
+    text = "question,answer,other\nIs it safe?,Yes.,No.\nName a dog.,The lazy one.,None.\n"
+    (tmp_path / "mine.csv").write_text(text)
+    columns = "{prompt: question, response: answer}"
+    options = (f"model={saved}", "input=mine.csv", "device=cpu")
+    status, _, err = run("score", *options, f"columns={columns}", "output=scores.jsonl")
+    assert (status, err) == (0, "")
+    fresh = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    native = [json.loads(line) for line in scored[1]]
+    expected = [native[0]["score"], native[4]["score"]]
+    assert [row["score"] for row in fresh] == pytest.approx(expected, abs=1e-5)
+    columns = "{prompt: question, chosen: answer, rejected: other}"
+    status, out, _ = run("explain", *options, f"columns={columns}")
+    assert status == 0
+    assert "is preferred with probability" in out
+
+
 def test_score_reads_gzip_and_gives_the_same_in_small_chunks(
     scored, saved, rows_file, tmp_path, monkeypatch
 ):

@@ -1,5 +1,6 @@
-"""Loading rows: JSON Lines, gzipped JSON Lines or Parquet files in the native row format."""
+"""Loading rows: JSON Lines, Parquet or CSV files, native or with a map of their columns."""
 
+import csv
 import gzip
 import hashlib
 import importlib.resources
@@ -11,6 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from armo.data.columns import (
+    LIST_FIELDS,
+    PAIR_FIELDS,
+    RATING_FIELDS,
+    SCORABLE_FIELDS,
+    ColumnMap,
+)
 from armo.data.conversation import (
     Conversation,
     Message,
@@ -29,7 +37,11 @@ BUILTIN_FILES = {
     "lists": "counterfactuals.jsonl.gz",
     "benchmark": "counterfactuals.jsonl.gz",
 }
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+CSV_SUFFIXES = (".csv", ".csv.gz")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", *CSV_SUFFIXES)
+
+# The csv module's own limit on a cell, 131,072 characters, is less than a long conversation.
+CELL_CHARACTERS = 2**24
 
 RowT = TypeVar("RowT", RatedResponse, PreferencePair, ResponseList)
 Paths = str | Sequence[str]
@@ -39,9 +51,15 @@ class DataError(ValueError):
     """A data file cannot be used; the message says which file, which row, and why."""
 
 
-def load_ratings(path: Paths, *, objectives: ObjectiveSet) -> list[RatedResponse]:
+def load_ratings(
+    path: Paths,
+    *,
+    objectives: ObjectiveSet,
+    columns: Mapping[str, Any] | None = None,
+    missing: Sequence[str] = ("",),
+) -> list[RatedResponse]:
     """Load all that `stream_ratings` yields."""
-    return list(stream_ratings(path, objectives=objectives))
+    return list(stream_ratings(path, objectives=objectives, columns=columns, missing=missing))
 
 
 def stream_ratings(
@@ -49,6 +67,8 @@ def stream_ratings(
     *,
     objectives: ObjectiveSet,
     undeclared: Literal["refuse", "leave_out"] = "refuse",
+    columns: Mapping[str, Any] | None = None,
+    missing: Sequence[str] = ("",),
 ) -> Iterator[RatedResponse]:
     """Read rated responses: `{"id", "source", "messages", "ratings"}`, the answer last.
 
@@ -59,9 +79,13 @@ def stream_ratings(
         path: A file, a folder (all its files in name order), a list of them, or `builtin`.
         objectives: The declared objectives; a row may rate any of them.
         undeclared: What to do with a rating on another objective.
+        columns: Where the fields stand in rows that are not native; see `ColumnMap`. Then, and in
+            CSV files, a row needs no id and no source: its place and its file stand in.
+        missing: Cells that say nothing, with `columns` or in CSV files; see `ColumnMap`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
+        ValueError: If `columns` names a field that rated responses do not have.
     """
 
     def parse(row: dict[str, Any]) -> RatedResponse:
@@ -85,12 +109,19 @@ def stream_ratings(
             weight=_weight(row),
         )
 
-    return _rows(path, parse, builtin_file=BUILTIN_FILES["ratings"])
+    mapped = ColumnMap(RATING_FIELDS, columns, missing)
+    return _rows(path, parse, mapped, builtin_file=BUILTIN_FILES["ratings"])
 
 
-def load_pairs(path: Paths, *, objectives: ObjectiveSet | None = None) -> list[PreferencePair]:
+def load_pairs(
+    path: Paths,
+    *,
+    objectives: ObjectiveSet | None = None,
+    columns: Mapping[str, Any] | None = None,
+    missing: Sequence[str] = ("",),
+) -> list[PreferencePair]:
     """Load all that `stream_pairs` yields."""
-    return list(stream_pairs(path, objectives=objectives))
+    return list(stream_pairs(path, objectives=objectives, columns=columns, missing=missing))
 
 
 def stream_pairs(
@@ -98,6 +129,8 @@ def stream_pairs(
     *,
     objectives: ObjectiveSet | None = None,
     judges: Mapping[str, Sequence[str]] | None = None,
+    columns: Mapping[str, Any] | None = None,
+    missing: Sequence[str] = ("",),
 ) -> Iterator[PreferencePair]:
     """Read preference pairs: `{"id", "source", "prompt", "chosen", "rejected", "margin"}`.
 
@@ -111,10 +144,14 @@ def stream_pairs(
         judges: By objective, the sources or categories whose pairs judge it: the preference of
             such a row is its judgement too, unless the row gives one. `safety` names the
             categories `safety` and `safety/...`.
+        columns: Where the fields stand in rows that are not native; see `ColumnMap`. Then, and in
+            CSV files, a row needs no id and no source: its place and its file stand in.
+        missing: Cells that say nothing, with `columns` or in CSV files; see `ColumnMap`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
-        ValueError: If `judges` names an objective that is not declared.
+        ValueError: If `judges` names an objective that is not declared, or `columns` a field that
+            pairs do not have.
     """
     judges = {} if judges is None else judges
     if not isinstance(judges, Mapping) or any(isinstance(v, str) for v in judges.values()):
@@ -157,15 +194,26 @@ def stream_pairs(
             preference=preference,
         )
 
-    return _rows(path, parse, builtin_file=BUILTIN_FILES["pairs"])
+    mapped = ColumnMap(PAIR_FIELDS, columns, missing)
+    return _rows(path, parse, mapped, builtin_file=BUILTIN_FILES["pairs"])
 
 
-def load_lists(path: Paths) -> list[ResponseList]:
+def load_lists(
+    path: Paths,
+    *,
+    columns: Mapping[str, Any] | None = None,
+    missing: Sequence[str] = ("",),
+) -> list[ResponseList]:
     """Load all that `stream_lists` yields."""
-    return list(stream_lists(path))
+    return list(stream_lists(path, columns=columns, missing=missing))
 
 
-def stream_lists(path: Paths) -> Iterator[ResponseList]:
+def stream_lists(
+    path: Paths,
+    *,
+    columns: Mapping[str, Any] | None = None,
+    missing: Sequence[str] = ("",),
+) -> Iterator[ResponseList]:
     """Read response lists: `{"id", "source", "prompt", "responses", "correct", "category"}`.
 
     A row has either `correct`, the indices of the right responses, or `ranks`, a number per
@@ -175,22 +223,35 @@ def stream_lists(path: Paths) -> Iterator[ResponseList]:
     Args:
         path: A file, a folder (all its files in name order), a list of them, or `builtin`,
             the counterfactual pairs.
+        columns: Where the fields stand in rows that are not native; see `ColumnMap`. Then, and in
+            CSV files, a row needs no id and no source: its place and its file stand in.
+        missing: Cells that say nothing, with `columns` or in CSV files; see `ColumnMap`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
+        ValueError: If `columns` names a field that lists do not have.
     """
-    return _rows(path, _response_list, builtin_file=BUILTIN_FILES["benchmark"])
+    mapped = ColumnMap(LIST_FIELDS, columns, missing)
+    return _rows(path, _response_list, mapped, builtin_file=BUILTIN_FILES["benchmark"])
 
 
-def stream_ranked_lists(path: Paths) -> Iterator[ResponseList]:
+def stream_ranked_lists(
+    path: Paths,
+    *,
+    columns: Mapping[str, Any] | None = None,
+    missing: Sequence[str] = ("",),
+) -> Iterator[ResponseList]:
     """Read response lists to train on: as `stream_lists`, of two or more distinct responses.
 
     Args:
         path: A file, a folder (all its files in name order), a list of them, or `builtin`,
             the counterfactual pairs, which tie.
+        columns: As for `stream_lists`.
+        missing: As for `stream_lists`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
+        ValueError: If `columns` names a field that lists do not have.
     """
 
     def parse(raw: dict[str, Any]) -> ResponseList:
@@ -206,7 +267,8 @@ def stream_ranked_lists(path: Paths) -> Iterator[ResponseList]:
                 )
         return row
 
-    return _rows(path, parse, builtin_file=BUILTIN_FILES["lists"])
+    mapped = ColumnMap(LIST_FIELDS, columns, missing)
+    return _rows(path, parse, mapped, builtin_file=BUILTIN_FILES["lists"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +281,12 @@ class ScorableRow:
     single: bool
 
 
-def load_scorable(path: Paths, *, responses: int | None = None) -> list[ScorableRow]:
+def load_scorable(
+    path: Paths,
+    *,
+    responses: int | None = None,
+    columns: Mapping[str, Any] | None = None,
+) -> list[ScorableRow]:
     """Load rows to score: conversations (`messages`), pairs (`chosen`) or lists (`responses`).
 
     Ratings are not needed, nor an id: the row's number stands in for it.
@@ -227,15 +294,19 @@ def load_scorable(path: Paths, *, responses: int | None = None) -> list[Scorable
     Args:
         path: A file, a folder (all its files in name order), or a list of them.
         responses: How many each row must have; any number, if None.
+        columns: Where the fields stand in rows that are not native; see `ColumnMap`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be scored.
+        ValueError: If `columns` names a field that is not scored.
     """
+    mapped = ColumnMap(SCORABLE_FIELDS, columns)
     rows: list[ScorableRow] = []
     for file in data_files(path, builtin_file=BUILTIN_FILES["ratings"]):
         for place, raw in read_rows(file):
             try:
-                row = _scorable(raw, number=len(rows))
+                native = mapped.native(raw) if _is_mapped(file, mapped) else raw
+                row = _scorable(native, number=len(rows))
                 if responses not in (None, len(row.responses)):
                     raise ValueError(f"needs {responses} responses, has {len(row.responses)}")
                 rows.append(row)
@@ -278,9 +349,16 @@ def data_files(path: Paths, *, builtin_file: str) -> list[Path]:
 def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row of a file with its place, `file:line` or `file row n`.
 
+    Rows of CSV files are numbered as spreadsheets do it, the header being row 1; their values are
+    texts.
+
     Raises:
-        DataError: At the first line that is not a JSON object, or for an unreadable file.
+        DataError: At the first line that is not a JSON object, the first CSV row that does not fit
+            the header, or for an unreadable file.
     """
+    if file.name.endswith(CSV_SUFFIXES):
+        yield from _csv_rows(file)
+        return
     if file.name.endswith(".parquet"):
         import datasets
         import pyarrow
@@ -314,13 +392,66 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{file}: unreadable after line {number}: {error}") from None
 
 
+def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a CSV file by column; those that are all empty are left out."""
+    csv.field_size_limit(max(csv.field_size_limit(), CELL_CHARACTERS))
+    opener = gzip.open if file.suffix == ".gz" else open
+    header: list[str] = []
+    number = 0
+    try:
+        # Spreadsheets begin UTF-8 with a mark, and cells may hold line ends of any kind.
+        with opener(file, "rt", encoding="utf-8-sig", newline="") as lines:
+            for number, cells in enumerate(csv.reader(lines, strict=True), start=1):
+                if not any(cell.strip() for cell in cells):
+                    continue
+                place = f"{file} row {number}"
+                if not header:
+                    header = _csv_header(cells, place)
+                elif len(cells) != len(header):
+                    raise DataError(
+                        f"{place}: {len(cells)} cells under {len(header)} columns; cells with a "
+                        f"comma, a quote or a line end must stand in quotes"
+                    )
+                else:
+                    yield place, {k: v for k, v in zip(header, cells, strict=True) if k}
+    except csv.Error as error:
+        raise DataError(
+            f"{file} row {number + 1}: malformed CSV: {error}; is a quote left open?"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: unreadable after row {number}: {error}; save it as UTF-8"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{file}: unreadable after row {number}: {error}") from None
+
+
+def _csv_header(cells: Sequence[str], place: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if len(names) == 1 and (mark := next((c for c in ";\t|" if c in names[0]), None)):
+        raise DataError(f"{place}: columns are separated by {mark!r}; save the file with commas")
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise DataError(f"{place}: column {twice[0]!r} stands there twice; rename one")
+    return names
+
+
+def _is_mapped(file: Path, mapped: ColumnMap) -> bool:
+    """Whether the rows are to be made native; those of the built-in corpus are."""
+    if file.parent == Path(__file__).with_name(BUILTIN):
+        return False
+    return mapped.columns is not None or file.name.endswith(CSV_SUFFIXES)
+
+
 def _rows(
-    path: Paths, parse: Callable[[dict[str, Any]], RowT], *, builtin_file: str
+    path: Paths, parse: Callable[[dict[str, Any]], RowT], mapped: ColumnMap, *, builtin_file: str
 ) -> Iterator[RowT]:
     places: dict[bytes, str] = {}
     for file in data_files(path, builtin_file=builtin_file):
+        source = next(file.name.removesuffix(end) for end in SUFFIXES if file.name.endswith(end))
         for place, raw in read_rows(file):
             try:
+                if _is_mapped(file, mapped):
+                    raw = {"id": place, "source": source, **mapped.native(raw)}
                 row = parse(raw)
             except ValueError as error:
                 raise DataError(f"{place}: {error}") from None
