@@ -1,8 +1,89 @@
-"""Benchmarks of reward models: rows of public test sets, and the rule that scores them."""
+"""Benchmarks of reward models: public test sets as response lists, from the hub or from disk.
 
-from dataclasses import dataclass
+Each set is read in the schema in which it was published: from the hub, or from a file or folder of
+JSON Lines, JSON or Parquet, or what `datasets` saved with `save_to_disk`. How their scores count is
+in `armo.report.benchmarks`.
+"""
 
-from armo.data.conversation import ResponseList
+import gzip
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from armo.data.checks import GroupSplits
+from armo.data.conversation import Message, PreferencePair, Prompt, ResponseList
+from armo.data.sources import (
+    BUILTIN,
+    BUILTIN_FILES,
+    SUFFIXES,
+    DataError,
+    Paths,
+    data_files,
+    read_rows,
+    stream_lists,
+    stream_pairs,
+)
+
+logger = logging.getLogger(__name__)
+
+FILES = (*SUFFIXES, ".json", ".json.gz")
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json")
+
+# Sections of RewardBench, their subsets and how many rows each has.
+REWARD_BENCH: dict[str, dict[str, int]] = {
+    "Chat": {
+        "alpacaeval-easy": 100,
+        "alpacaeval-length": 95,
+        "alpacaeval-hard": 95,
+        "mt-bench-easy": 28,
+        "mt-bench-med": 40,
+    },
+    "Chat Hard": {
+        "mt-bench-hard": 37,
+        "llmbar-natural": 100,
+        "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92,
+        "llmbar-adver-GPTOut": 47,
+        "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100,
+        "refusals-offensive": 100,
+        "xstest-should-refuse": 154,
+        "xstest-should-respond": 250,
+        "donotanswer": 136,
+    },
+    "Reasoning": {
+        "math-prm": 447,
+        "hep-cpp": 164,
+        "hep-go": 164,
+        "hep-java": 164,
+        "hep-js": 164,
+        "hep-python": 164,
+        "hep-rust": 164,
+    },
+}
+# The test sets from before RewardBench that are its fifth section, where that is used.
+PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
+
+TIES = "Ties"
+REWARD_BENCH_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", TIES)
+
+RM_BENCH = ("chat", "code", "math", "safety")
+
+# Kind of task by how the name of JudgeBench's source begins.
+JUDGE_BENCH = {
+    "mmlu-pro": "knowledge",
+    "livebench-reasoning": "reasoning",
+    "livebench-math": "math",
+    "livecodebench": "coding",
+}
+JUDGE_BENCH_MODELS = {"gpt": "GPT-4o", "claude": "Claude 3.5 Sonnet"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,9 +95,515 @@ class Benchmark:
         title: As people write it, `RM-Bench`.
         rule: Which of the scoring rules in `armo.report.benchmarks` counts.
         rows: Responses to each prompt, with those that are right, and the subset as `category`.
+        notes: What a reader of the results must know, such as rows that were left out.
     """
 
     name: str
     title: str
     rule: str
     rows: tuple[ResponseList, ...]
+    notes: tuple[str, ...] = ()
+
+
+class EmptyTextError(ValueError):
+    """A row has a text that is empty, which a model cannot score."""
+
+
+def load_reward_bench(
+    path: str = "allenai/reward-bench",
+    *,
+    revision: str | None = None,
+    prior_sets: str | None = None,
+    prior_sets_revision: str | None = None,
+) -> Benchmark:
+    """Load RewardBench 1, its `filtered` rows.
+
+    Args:
+        path: Id on the hub, or a file or folder. Of a folder, the files named after the split
+            are read (`filtered-00000-of-00001.parquet`), or all if none is; also in `data/`.
+        revision: Commit, tag or branch on the hub.
+        prior_sets: Id on the hub (`allenai/preference-test-sets`) or folder of the test sets from
+            before it, with files named after the sets. Without, there is no fifth section.
+        prior_sets_revision: As `revision`.
+
+    Raises:
+        DataError: If the hub cannot be reached, or naming file, row and field, at the first row
+            that cannot be used. Rows with an empty text are left out and counted.
+    """
+    sources = [_source(path, splits=("filtered",), revision=revision)]
+    if prior_sets is not None:
+        named = [
+            _numbered(_source(prior_sets, splits=(name,), revision=prior_sets_revision), name)
+            for name in PRIOR_SETS
+            if not Path(prior_sets).is_dir() or _split_files(Path(prior_sets), (name,))
+        ]
+        if not named:
+            raise DataError(f"{prior_sets}: no file is named after {', '.join(PRIOR_SETS)}")
+        sources += named
+    rows, notes = _parse(chain(*sources), reward_bench_row)
+    return Benchmark("reward_bench", "RewardBench", "reward_bench", rows, notes)
+
+
+def reward_bench_row(row: Mapping[str, Any]) -> ResponseList:
+    """Make a list of a row of RewardBench 1 or its prior sets: chosen, then rejected.
+
+    Args:
+        row: `prompt` (text, or messages), `chosen`, `rejected`, `subset`, `id`.
+
+    Raises:
+        ValueError: Naming the field that is missing or wrong.
+    """
+    subset = _text(row, "subset")
+    known = {name for subsets in REWARD_BENCH.values() for name in subsets} | {*PRIOR_SETS}
+    if subset not in known:
+        raise ValueError(f"field `subset` is {subset!r}, which is no subset of RewardBench")
+    return ResponseList(
+        id=f"{subset}/{_identity(row, 'id')}",
+        source="reward_bench",
+        prompt=_prompt(row, "prompt"),
+        responses=(_text(row, "chosen"), _text(row, "rejected")),
+        correct=(0,),
+        category=subset,
+    )
+
+
+def load_reward_bench_2(
+    path: str = "allenai/reward-bench-2", *, revision: str | None = None
+) -> Benchmark:
+    """Load RewardBench 2, its split `test`; arguments and errors as of `load_reward_bench`."""
+    rows, notes = _parse(_source(path, splits=("test",), revision=revision), reward_bench_2_row)
+    return Benchmark("reward_bench_2", "RewardBench 2", "reward_bench_2", rows, notes)
+
+
+def reward_bench_2_row(row: Mapping[str, Any]) -> ResponseList:
+    """Make a list of a row of RewardBench 2: the right responses, then the wrong ones.
+
+    Args:
+        row: `prompt` (text, or messages), `chosen` and `rejected` (lists of text), `subset`, `id`
+            (in Ties `ref:N` or `tied:N`); `num_correct` and `total_completions`, if given.
+
+    Raises:
+        ValueError: Naming the field that is missing or wrong.
+    """
+    subset, identity = _text(row, "subset"), _identity(row, "id")
+    chosen, rejected = _texts(row, "chosen"), _texts(row, "rejected")
+    if subset not in REWARD_BENCH_2:
+        raise ValueError(f"field `subset` is {subset!r}, not one of {', '.join(REWARD_BENCH_2)}")
+    if not chosen or not rejected:
+        raise ValueError("fields `chosen` and `rejected` must have a response each")
+    for name, count in (
+        ("num_correct", len(chosen)),
+        ("total_completions", len(chosen) + len(rejected)),
+    ):
+        if row.get(name) not in (None, count):
+            raise ValueError(f"field `{name}` is {row[name]!r}, but there are {count}")
+    if subset != TIES and len(chosen) != 1:
+        raise ValueError(f"field `chosen` has {len(chosen)} responses, but {subset} needs one")
+    if subset == TIES and not re.fullmatch(r"(ref|tied):\d+", identity):
+        raise ValueError(f"field `id` is {identity!r}; {TIES} needs `ref:N` or `tied:N`")
+    if identity.startswith("tied:") and subset == TIES and len(chosen) < 2:
+        raise ValueError(f"field `chosen` has one response, but {identity!r} needs several")
+    return ResponseList(
+        id=f"{subset}/{identity}",
+        source="reward_bench_2",
+        prompt=_prompt(row, "prompt"),
+        responses=(*chosen, *rejected),
+        correct=tuple(range(len(chosen))),
+        category=subset,
+    )
+
+
+def load_rm_bench(path: str = "THU-KEG/RM-Bench", *, revision: str | None = None) -> Benchmark:
+    """Load RM-Bench.
+
+    Args:
+        path: Id on the hub, or a file or folder: `total_dataset.json`, or the files by domain
+            (`chat_filtered.json`), whose name stands in for the field `domain`.
+        revision: Commit, tag or branch on the hub.
+
+    Raises:
+        DataError: As of `load_reward_bench`.
+    """
+    source = _source(path, splits=("train", "total_dataset"), hub=("train",), revision=revision)
+    rows, notes = _parse(source, rm_bench_row)
+    return Benchmark("rm_bench", "RM-Bench", "rm_bench", rows, notes)
+
+
+def rm_bench_row(row: Mapping[str, Any]) -> ResponseList:
+    """Make a list of a row of RM-Bench: three right responses, then three wrong ones.
+
+    Args:
+        row: `id`, `prompt`, `chosen` and `rejected` (each a list of a concise, a detailed and a
+            detailed Markdown response), `domain` (`chat`, `code`, `math`, `safety-refuse` or
+            `safety-response`).
+
+    Raises:
+        ValueError: Naming the field that is missing or wrong.
+    """
+    domain = _text(row, "domain")
+    if domain.partition("-")[0] not in RM_BENCH:
+        raise ValueError(f"field `domain` is {domain!r}, not one of {', '.join(RM_BENCH)}")
+    responses = []
+    for name in ("chosen", "rejected"):
+        texts = _texts(row, name)
+        if len(texts) != 3:
+            raise ValueError(f"field `{name}` must have three responses, has {len(texts)}")
+        responses += texts
+    return ResponseList(
+        id=f"{domain}/{_identity(row, 'id')}",
+        source="rm_bench",
+        prompt=_prompt(row, "prompt"),
+        responses=tuple(responses),
+        correct=(0, 1, 2),
+        category=domain,
+    )
+
+
+def load_judge_bench(
+    path: str = "ScalerLab/JudgeBench",
+    *,
+    revision: str | None = None,
+    splits: Sequence[str] = tuple(JUDGE_BENCH_MODELS),
+) -> tuple[Benchmark, ...]:
+    """Load JudgeBench: a benchmark for each model whose responses are judged.
+
+    Args:
+        path: Id on the hub, or a file or folder.
+        revision: Commit, tag or branch on the hub.
+        splits: `gpt`, `claude` or both; published figures are mostly of `gpt` alone. Of a file or
+            folder, a row belongs to the split with which its `response_model` begins.
+
+    Raises:
+        DataError: As of `load_reward_bench`.
+    """
+    if unknown := set(splits) - set(JUDGE_BENCH_MODELS):
+        raise ValueError(f"`splits` knows {', '.join(JUDGE_BENCH_MODELS)}, not {unknown}")
+    parts: dict[str, list[tuple[str, dict[str, Any]]]] = {name: [] for name in splits}
+    for place, row in _source(path, splits=splits, revision=revision):
+        model = str(row.get("response_model"))
+        name = next((name for name in JUDGE_BENCH_MODELS if model.startswith(name)), None)
+        if name is None:
+            raise DataError(f"{place}: field `response_model` is {model!r}, of neither split")
+        if name in parts:
+            parts[name].append((place, row))
+    benchmarks = []
+    for name, those in parts.items():
+        if those:
+            rows, notes = _parse(those, judge_bench_row)
+            title = f"JudgeBench, {JUDGE_BENCH_MODELS[name]}"
+            benchmarks.append(Benchmark(f"judge_bench_{name}", title, "judge_bench", rows, notes))
+    if not benchmarks:
+        raise DataError(f"{path}: no rows of {', '.join(splits)}")
+    return tuple(benchmarks)
+
+
+def judge_bench_row(row: Mapping[str, Any]) -> ResponseList:
+    """Make a list of a row of JudgeBench: A, then B.
+
+    Args:
+        row: `pair_id`, `question`, `response_A`, `response_B`, `source`, and `label`, `A>B` or
+            `B>A`.
+
+    Raises:
+        ValueError: Naming the field that is missing or wrong.
+    """
+    source, label = _text(row, "source"), _text(row, "label")
+    kind = next((kind for start, kind in JUDGE_BENCH.items() if source.startswith(start)), None)
+    if kind is None:
+        raise ValueError(f"field `source` is {source!r}, which is none of JudgeBench")
+    if label not in ("A>B", "B>A"):
+        raise ValueError(f"field `label` is {label!r}; it must be 'A>B' or 'B>A'")
+    return ResponseList(
+        id=_identity(row, "pair_id"),
+        source="judge_bench",
+        prompt=_prompt(row, "question"),
+        responses=(_text(row, "response_A"), _text(row, "response_B")),
+        correct=(0 if label == "A>B" else 1,),
+        category=kind if source in JUDGE_BENCH else f"{kind}/{source}",
+    )
+
+
+def load_preferences(path: Paths, *, name: str = "pairs", title: str | None = None) -> Benchmark:
+    """Load preference pairs or response lists in armo's own format as a benchmark.
+
+    Args:
+        path: A file, a folder (all its files in name order) or a list of them; each file has
+            either pairs (`chosen`, `rejected`) or lists (`responses`).
+        name: Of the benchmark.
+        title: How people write it; the name of the file or folder by default.
+
+    Raises:
+        DataError: Naming file, row and field, at the first row that cannot be used.
+    """
+    rows: list[ResponseList] = []
+    for file in data_files(path, builtin_file=BUILTIN_FILES["pairs"]):
+        _, first = next(read_rows(file), ("", {}))
+        if "responses" in first:
+            rows += stream_lists(str(file))
+        else:
+            rows += map(_pair_list, stream_pairs(str(file)))
+    only = path if isinstance(path, str) else ", ".join(path)
+    return Benchmark(name, title or Path(only).name.partition(".")[0], "pairs", tuple(rows))
+
+
+def load_builtin_test(*, test_fraction: float = 0.2) -> Benchmark:
+    """Load the pairs of the built-in corpus that `armo train` keeps for its report.
+
+    Args:
+        test_fraction: Share of prompts kept, where rows do not say `split`; all of them do.
+    """
+    splits = GroupSplits(test_fraction)
+    pairs = list(stream_pairs(BUILTIN))
+    groups = [splits.add(pair) for pair in pairs]
+    test = splits.test()
+    rows = tuple(_pair_list(pair) for pair, group in zip(pairs, groups, strict=True) if test[group])
+    return Benchmark("builtin_test", "Built-in corpus, test side", "pairs", rows)
+
+
+def load_suite(path: str) -> tuple[Benchmark, ...]:
+    """Load all benchmarks that are in a folder, each in a sub-folder of its name.
+
+    The names are `reward_bench`, `reward_bench_2`, `rm_bench`, `judge_bench`, `pairs` and
+    `preference_test_sets`, the prior sets of `reward_bench`; case and punctuation do not matter, so
+    that the names on the hub will do.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        DataError: If there is no such folder, a sub-folder is none of these, or a benchmark cannot
+            be loaded.
+    """
+    if not Path(path).is_dir():
+        raise DataError(f"No such folder: {path}")
+    plain = {_letters(name): name for name in (*SUITE, "preference_test_sets")}
+    found: dict[str, str] = {}
+    for folder in sorted(Path(path).iterdir()):
+        if folder.is_dir() and not folder.name.startswith("."):
+            name = plain.get(_letters(folder.name))
+            if name is None:
+                known = ", ".join(plain.values())
+                raise DataError(f"{folder}: no benchmark of that name; known are {known}")
+            if name in found:
+                raise DataError(f"{folder} and {found[name]} are the same benchmark; keep one")
+            found[name] = str(folder)
+    prior_sets = found.pop("preference_test_sets", None)
+    if not found:
+        raise DataError(f"{path}: no sub-folder with a benchmark; known are {', '.join(SUITE)}")
+    benchmarks: list[Benchmark] = []
+    for name in SUITE:
+        if name in found:
+            if name == "reward_bench":
+                benchmarks.append(load_reward_bench(found[name], prior_sets=prior_sets))
+                continue
+            loaded = SUITE[name](found[name])
+            benchmarks += [loaded] if isinstance(loaded, Benchmark) else loaded
+    return tuple(benchmarks)
+
+
+SUITE: dict[str, Callable[[str], Benchmark | tuple[Benchmark, ...]]] = {
+    "reward_bench": load_reward_bench,
+    "reward_bench_2": load_reward_bench_2,
+    "rm_bench": load_rm_bench,
+    "judge_bench": load_judge_bench,
+    "pairs": load_preferences,
+}
+
+
+def _pair_list(pair: PreferencePair) -> ResponseList:
+    """A pair as a list of two; a pair that ties has no order."""
+    tied = pair.preference == 0.5
+    return ResponseList(
+        id=pair.id,
+        source=pair.source,
+        prompt=pair.prompt,
+        responses=pair.responses,
+        correct=None if tied else (0,),
+        category=pair.category,
+        ranks=(0.0, 0.0) if tied else None,
+    )
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
+
+
+def _parse(
+    source: Iterable[tuple[str, Mapping[str, Any]]],
+    parse: Callable[[Mapping[str, Any]], ResponseList],
+) -> tuple[tuple[ResponseList, ...], tuple[str, ...]]:
+    """Make lists of rows, and notes on rows that are left out; an id seen before gets a number."""
+    rows: list[ResponseList] = []
+    seen: dict[str, int] = {}
+    empty = 0
+    for place, raw in source:
+        try:
+            row = parse(raw)
+        except EmptyTextError as error:
+            logger.warning("%s: left out: %s", place, error)
+            empty += 1
+            continue
+        except ValueError as error:
+            raise DataError(f"{place}: {error}") from None
+        seen[row.id] = seen.get(row.id, 0) + 1
+        if seen[row.id] > 1:
+            if row.category == TIES:
+                raise DataError(f"{place}: id {row.id!r} is there already; {TIES} needs it once")
+            row = replace(row, id=f"{row.id} ({seen[row.id]})")
+        rows.append(row)
+    if not rows:
+        raise DataError("the benchmark has no rows")
+    return tuple(rows), (f"{empty} rows with an empty text are left out",) if empty else ()
+
+
+def _source(
+    path: str,
+    *,
+    splits: Sequence[str],
+    hub: Sequence[str] | None = None,
+    revision: str | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows with their places: of splits of a set on the hub, or of what is on disk.
+
+    Args:
+        path: A file, a folder, or an id on the hub.
+        splits: Beginnings of names of files in a folder; if none is so named, all are read.
+        hub: Names of the splits on the hub, if they differ.
+        revision: On the hub.
+    """
+    location = Path(path).expanduser()
+    if location.is_file():
+        yield from _file_rows(location)
+    elif location.is_dir():
+        if saved := [n for n in ("dataset_dict.json", "state.json") if (location / n).is_file()]:
+            yield from _saved_rows(location, splits, several=saved[0] == "dataset_dict.json")
+            return
+        files = _split_files(location, splits) or _split_files(location, ("",))
+        if not files:
+            raise DataError(f"{location}: no {', '.join(FILES)} file in this folder")
+        for file in files:
+            yield from _file_rows(file)
+    elif path.endswith(FILES) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise DataError(f"No such file or folder: {path}")
+    else:
+        for split in hub or splits:
+            yield from _hub_rows(path, split, revision=revision)
+
+
+def _split_files(folder: Path, splits: Sequence[str]) -> list[Path]:
+    """Files of rows whose names begin with one of the splits, here or in `data/`."""
+    start = re.compile(f"({'|'.join(map(re.escape, splits))})" + r"(?![A-Za-z0-9])" * any(splits))
+    for base in (folder, folder / "data"):
+        files = sorted(base.iterdir()) if base.is_dir() else []
+        files = [f for f in files if f.name.endswith(FILES) and f.name not in NOT_ROWS]
+        if named := [file for file in files if start.match(file.name)]:
+            return named
+    return []
+
+
+def _file_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a file; of JSON that is one array as well. RM-Bench's files may name the domain."""
+    if not file.name.endswith(FILES):
+        raise DataError(f"{file}: needs one of the endings {', '.join(FILES)}")
+    domain = re.fullmatch(r"([a-z-]+)_filtered", file.name.partition(".")[0])
+    given = {"domain": domain[1]} if domain else {}
+    for place, row in _json_rows(file) if _is_array(file) else read_rows(file):
+        yield place, {**given, **row}
+
+
+def _is_array(file: Path) -> bool:
+    if not file.name.endswith((".json", ".json.gz")):
+        return False
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as data:
+        return bool(data.read(64).lstrip().startswith(b"["))
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as data:
+        try:
+            rows = json.load(data)
+        except (ValueError, EOFError, OSError) as error:
+            raise DataError(f"{file}: malformed JSON: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{file} row {number}: not a JSON object")
+        yield f"{file} row {number}", row
+
+
+def _saved_rows(
+    folder: Path, splits: Sequence[str], *, several: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    saved: Any = datasets.load_from_disk(str(folder))
+    if several:
+        if not (named := [name for name in splits if name in saved]):
+            raise DataError(f"{folder}: has splits {', '.join(saved)}, not {', '.join(splits)}")
+        saved = chain.from_iterable(saved[name] for name in named)
+    for number, row in enumerate(saved, start=1):
+        yield f"{folder} row {number}", row
+
+
+def _hub_rows(
+    path: str, split: str, *, revision: str | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(path, split=split, revision=revision)
+    except Exception as error:  # of several libraries below, by what went wrong
+        raise DataError(
+            f"{path}, split {split}: is neither a file or folder here, nor can it be read from the "
+            f"hub ({type(error).__name__}: {' '.join(str(error).split()):.120}); give a local "
+            f"folder with its files as `data.benchmark.path`"
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, split {split}, row {number}", row
+
+
+def _numbered(
+    source: Iterable[tuple[str, dict[str, Any]]], subset: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a prior set, which need no id and may use `subset` for something else."""
+    for number, (place, row) in enumerate(source):
+        yield place, {"id": number, **row, "subset": subset}
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    if name not in row:
+        raise ValueError(f"field `{name}` is missing; there are {', '.join(row)}")
+    return _checked(row[name], name)
+
+
+def _texts(row: Mapping[str, Any], name: str) -> list[str]:
+    if name not in row:
+        raise ValueError(f"field `{name}` is missing; there are {', '.join(row)}")
+    if not isinstance(row[name], list):
+        raise ValueError(f"field `{name}` must be a list of text, got {row[name]!r:.60}")
+    return [_checked(text, f"{name}[{k}]") for k, text in enumerate(row[name])]
+
+
+def _checked(text: Any, name: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"field `{name}` must be text, got {text!r:.60}")
+    if not text.strip():
+        raise EmptyTextError(f"field `{name}` is empty")
+    return text
+
+
+def _identity(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"field `{name}` must be text or a whole number, got {value!r:.60}")
+    return str(value)
+
+
+def _prompt(row: Mapping[str, Any], name: str) -> Prompt:
+    """Text is one user turn; a list of messages has several."""
+    turns = row.get(name)
+    if not isinstance(turns, list):
+        return (Message("user", _text(row, name)),)
+    for k, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
+            raise ValueError(f"field `{name}[{k}]` needs `role` and `content`, got {turn!r:.60}")
+    return tuple(Message(turn["role"], turn["content"]) for turn in turns)
