@@ -599,18 +599,19 @@ def train_gate(
 
 def training_pairs(
     data: EmbeddedData, transforms: FittedTransforms, *, source_weights: Mapping[str, float]
-) -> tuple[Int[Tensor, " pairs"], Float[Tensor, " pairs"]]:
-    """Return the numbers of the training pairs, and how much each counts."""
+) -> tuple[Int[Tensor, " pairs"], Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+    """Return the numbers of the training pairs, how much each counts, and its balance for style."""
     tables = data.tables
     weights = row_weights(data, tables.pairs_weight, tables.pairs_source, source_weights)
     train = (tables.pairs_train & (weights > 0.0)).nonzero()[:, 0]
     weights = weights[train]
+    balance = torch.ones_like(weights)
     if "reweight" in transforms.methods:
         decided = tables.pairs_preference[train] > 0.5
         chosen, rejected = tables.pairs_chosen[train], tables.pairs_rejected[train]
         style = data.style(chosen, transforms.features) - data.style(rejected, transforms.features)
-        weights[decided] *= style_weights(style[decided], weights[decided])
-    return train, weights
+        balance[decided] = style_weights(style[decided], weights[decided])
+    return train, weights, balance
 
 
 def probe_judgements(
@@ -618,14 +619,14 @@ def probe_judgements(
 ) -> Judgements:
     """Return the training pairs as judgements of a single objective, preference itself."""
     tables = data.tables
-    train, weights = training_pairs(data, transforms, source_weights=source_weights)
+    train, weights, balance = training_pairs(data, transforms, source_weights=source_weights)
     chosen = tables.pairs_chosen[train]
     return Judgements(
         chosen,
         tables.pairs_rejected[train],
         tables.pairs_preference[train].double()[:, None],
         tables.group_of_response[chosen],
-        weights,
+        weights * balance,
     )
 
 
@@ -642,7 +643,7 @@ def training_preferences(
         ValueError: If none has a weight above zero.
     """
     tables = data.tables
-    train, weights = training_pairs(data, transforms, source_weights=source_weights)
+    train, weights, balance = training_pairs(data, transforms, source_weights=source_weights)
     pairs = torch.stack([tables.pairs_chosen[train], tables.pairs_rejected[train]], dim=1)
     votes = tables.pairs_preference[train].double()
     of_lists = row_weights(data, tables.lists_weight, tables.lists_source, source_weights)
@@ -670,6 +671,7 @@ def training_preferences(
         ranks=torch.cat([_widened(order, longest, torch.nan), _widened(ranks, longest, torch.nan)]),
         groups=tables.group_of_response[rows[:, 0]],
         weights=torch.cat([weights, of_lists[listed]]),
+        balance=torch.cat([balance, none + 1.0]),
         strengths=torch.cat([_strengths(tables, train), none + torch.nan]),
         margins=torch.zeros(len(rows), dtype=torch.float64),
         flipped=torch.cat([1.0 - votes, none]),

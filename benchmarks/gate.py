@@ -134,6 +134,7 @@ class Pairs:
             ranks=torch.tensor([0.0, 1.0]).repeat(count, 1),
             groups=self.prompt_of,
             weights=torch.ones(count),
+            balance=torch.ones(count),
             strengths=torch.full((count,), torch.nan),
             margins=torch.zeros(count),
             flipped=torch.zeros(count),

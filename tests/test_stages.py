@@ -1580,10 +1580,10 @@ def test_the_gate_is_given_style_and_weights_where_they_are_asked_for(trained, t
     torch.testing.assert_close(first - second, style)
     assert how["nuisance"] == ("nuisance" in asked)
     assert how["style_names"] == features
-    weights = torch.ones(48, dtype=torch.float64)  # no pair has a weight of its own here
-    torch.testing.assert_close(
-        preferences.weights, style_weights(style) if "reweight" in asked else weights
-    )
+    # No pair has a weight of its own here.
+    assert (preferences.weights == 1.0).all()
+    balanced = style_weights(style) if "reweight" in asked else preferences.weights
+    torch.testing.assert_close(preferences.balance, balanced)
     assert how["objectives"] == data.objectives.names
     assert how["mixed"] == data.objectives.mixed_indices
     assert (how["folder"], how["seed"]) == (tmp_path, 7)

@@ -56,6 +56,8 @@ class Preferences:
         ranks: Their ranks, lower is better, equal is tied; NaN pads.
         groups: Prompt group of each comparison: no group is on two sides of a split.
         weights: How much each comparison counts; zero or more.
+        balance: What its weight is multiplied by in training, so that style does not tell which
+            response is better; one where that is not asked for.
         strengths: How clear each one was, as a multiple of what is usual; NaN where not known.
         margins: Log-odds by which the first response is to be ahead; zero until the settings of
             the loss say otherwise.
@@ -71,6 +73,7 @@ class Preferences:
     ranks: Float[Tensor, "comparisons responses"]
     groups: Int[Tensor, " comparisons"]
     weights: Float[Tensor, " comparisons"]
+    balance: Float[Tensor, " comparisons"]
     strengths: Float[Tensor, " comparisons"]
     margins: Float[Tensor, " comparisons"]
     flipped: Float[Tensor, " comparisons"]
@@ -85,6 +88,7 @@ class Preferences:
         *,
         style: Float[Tensor, "pairs features"] | None = None,
         weights: Float[Tensor, " pairs"] | None = None,
+        balance: Float[Tensor, " pairs"] | None = None,
         strengths: Float[Tensor, " pairs"] | None = None,
         flipped: Float[Tensor, " pairs"] | None = None,
     ) -> "Preferences":
@@ -96,6 +100,7 @@ class Preferences:
             groups: Prompt group of each pair.
             style: Surface features of the chosen minus those of the rejected response.
             weights: How much each pair counts; equal by default.
+            balance: What its weight is multiplied by in training; one by default.
             strengths: How clear each one was; unknown by default.
             flipped: Probability that a pair is the wrong way round; zero by default.
         """
@@ -111,6 +116,7 @@ class Preferences:
             ranks=torch.tensor([0.0, 1.0]).expand(count, 2),
             groups=groups,
             weights=none + 1.0 if weights is None else weights,
+            balance=none + 1.0 if balance is None else balance,
             strengths=none + torch.nan if strengths is None else strengths,
             margins=none,
             flipped=none if flipped is None else flipped,

@@ -87,7 +87,9 @@ class GatingSummary:
         accuracy: The gate's share of ordered pairs ranked right.
         loss_gain: By how much the gate's loss is lower.
         accuracy_gain: By how much its accuracy is higher.
-        beta: Scale of score differences in the preference probability.
+        beta: Scale of score differences in the preference probability, fitted on comparisons as
+            they were made: not balanced for style, and with nothing beside the score to explain
+            them. So the probability is that of what judges say, their taste in style included.
         best_single: The objective that ranks most of the ordered pairs right by itself.
         style: What the judges gave to style by itself, in log-odds per root mean square of the
             feature's difference between two responses; empty unless it is a nuisance.
@@ -570,18 +572,16 @@ def fit_gating(
     )
     if kept == "constant":
         gate.start_from(weights=whole.weights.expand(folds, -1), prompts=prompts)
-    # The scale that explains the judgements themselves, as often as they were made.
+    # The judgements themselves, as often as they were made and whatever the style: what the
+    # probability of a preference is about.
     scores = (gated if kept == "gate" else constant).scores
-    scale = fit_constant_mix(
-        everything._replace(
-            adjusted=scores[..., None],
-            weights=preferences.weights,
-            margins=torch.zeros_like(everything.margins),
-            flipped=preferences.flipped,
-        ),
-        mixed=[0],
-        nuisance=nuisance,
+    judged = everything._replace(
+        adjusted=scores[..., None],
+        weights=preferences.weights,
+        margins=torch.zeros_like(everything.margins),
+        flipped=preferences.flipped,
     )
+    style = fit_constant_mix(judged, mixed=[0], nuisance=True).style if nuisance else torch.empty(0)
     summary = GatingSummary(
         comparisons=len(ready),
         trained=trained,
@@ -594,9 +594,9 @@ def fit_gating(
         accuracy=_mean(gated.right, ready.weights),
         loss_gain=loss_gain,
         accuracy_gain=_gain(gated.right - constant.right, ready),
-        beta=scale.beta,
+        beta=fit_constant_mix(judged, mixed=[0]).beta,
         best_single=objectives[_best_single(everything, mixed)],
-        style=dict(zip(style_names, scale.style.tolist(), strict=True)) if nuisance else {},
+        style=dict(zip(style_names, style.tolist(), strict=True)) if nuisance else {},
         diagnostics=diagnostics,
     )
     fine = summary.better or not trained
@@ -629,7 +629,8 @@ def _prepare(
     # A tie has no side to be ahead on.
     strengths = preferences.strengths.masked_fill(preferences.flipped == 0.5, torch.nan)
     known = strengths.nan_to_num(1.0 if margins == "scale" else 0.0)
-    weights = preferences.weights * known if margins == "scale" else preferences.weights
+    weights = preferences.weights * preferences.balance
+    weights = weights * known if margins == "scale" else weights
     flipped, ranks = preferences.flipped, preferences.ranks
     # A pair that is as likely one way round as the other has no order to get right.
     count = (~ranks.isnan()).sum(1)
@@ -643,6 +644,7 @@ def _prepare(
         responses=preferences.responses[:, :longest],
         ranks=torch.where(tie[:, None], 0.0 * ranks, ranks)[:, :longest],
         weights=weights / weights.mean(),
+        balance=torch.ones_like(weights),
         margins=known if margins == "subtract" else torch.zeros_like(known),
         flipped=flipped * (1.0 - smoothing) + (1.0 - flipped) * smoothing,
         folds=fold_of_group[groups],

@@ -80,6 +80,7 @@ def to_html(evaluation: Evaluation, *, title: str) -> str:
     """Render an evaluation as one page, plots inside, nothing loaded from elsewhere."""
     plots = {
         "rivals": _plot_rivals,
+        "reliability": _plot_reliability,
         "weights": _plot_weights,
         "kinds": _plot_kinds,
         "quarters": _plot_quarters,
@@ -133,6 +134,22 @@ def _plot_rivals(table: Table) -> Figure:
     axes.axvline(0.5, color="#555", linestyle=":", linewidth=1)
     axes.set_xlim(0.0, 1.0)
     axes.set_xlabel("accuracy on test pairs")
+    return figure
+
+
+def _plot_reliability(table: Table) -> Figure:
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    predicted, observed, pairs = (table.column(name) for name in table.columns)
+    axes.plot([0.5, 1.0], [0.5, 1.0], color="#555", linestyle=":", linewidth=1, label="calibrated")
+    axes.plot(predicted, observed, "o-", color=AFTER, label="observed")
+    for x, y, count in zip(predicted, observed, pairs, strict=True):
+        axes.annotate(str(count), (x, y), (6, -10), textcoords="offset points", fontsize=8)
+    axes.set_xlim(0.5, 1.0)
+    axes.set_ylim(min(0.45, *observed) - 0.02, 1.02)
+    axes.set_xlabel("predicted probability of the preferred response")
+    axes.set_ylabel("how often it was preferred (number of pairs)")
+    axes.legend(loc="upper left", frameon=False)
     return figure
 
 

@@ -174,6 +174,7 @@ def test_the_constant_mix_of_lists_is_the_best_conditional_logit(seed):
         ranks=ranks,
         groups=torch.arange(lists),
         weights=none + 1.0,
+        balance=none + 1.0,
         strengths=none,
         margins=none,
         flipped=none,

@@ -353,6 +353,7 @@ def make_lists(lengths, *, width, seed=0, dim=3, features=2):
         ranks=ranks,
         groups=torch.arange(count),
         weights=draw(count, seed=seed + 3).exp(),
+        balance=draw(count, seed=seed + 6).exp(),
         strengths=draw(count, seed=seed + 4).exp(),
         margins=draw(count, seed=seed + 5),
         flipped=torch.rand(count, generator=generator, dtype=torch.float64),
@@ -408,6 +409,7 @@ def test_pairs_of_differences_are_the_same_as_pairs_of_responses(extra):
     measured = (draw(5, 4, seed=3), draw(5, 4, seed=4)) if extra else (draw(5, 0), draw(5, 0))
     values = {
         "weights": draw(5, seed=5).exp(),
+        "balance": draw(5, seed=8).exp(),
         "strengths": draw(5, seed=6).exp(),
         "flipped": draw(5, seed=7).sigmoid(),
     }
@@ -415,7 +417,8 @@ def test_pairs_of_differences_are_the_same_as_pairs_of_responses(extra):
     given = values | {"style": measured[0] - measured[1]} if extra else {}
     found = Preferences.of_pairs(prompts, chosen - rejected, groups, **given)
     zeros = torch.zeros(5, dtype=torch.float64)
-    usual = {"weights": zeros + 1.0, "strengths": zeros + NAN, "flipped": zeros}
+    ones = {"weights": zeros + 1.0, "balance": zeros + 1.0}
+    usual = {**ones, "strengths": zeros + NAN, "flipped": zeros}
     explicit = Preferences(
         prompts=prompts,
         adjusted=torch.cat([chosen, rejected]),
@@ -435,6 +438,7 @@ def test_pairs_of_differences_are_the_same_as_pairs_of_responses(extra):
     assert torch.equal(one.ranks.double(), other.ranks)
     for name in ("prompts", "weights", "margins", "flipped", "folds"):
         assert torch.equal(getattr(one, name), getattr(other, name))
+    assert torch.equal(found.balance, explicit.balance)
     assert torch.equal(found.groups, groups)
     torch.testing.assert_close(found.strengths, explicit.strengths, equal_nan=True)
 

@@ -32,6 +32,7 @@ from armo.fit.training import (
     load_gating,
     save_gating,
 )
+from armo.report.calibration import calibration_error
 
 NAMES, MIXED = ("helpfulness", "verbosity", "safety"), (0, 2)
 NAN = math.nan
@@ -131,6 +132,7 @@ def lists(count=60, *, longest=4, features=1, seed=0, dim=4):
         ranks=ranks.masked_fill(~there, NAN),
         groups=torch.arange(count) // 2,
         weights=draw(count, seed=seed + 3).double().exp(),
+        balance=draw(count, seed=seed + 6).double().exp(),
         strengths=draw(count, seed=seed + 4).double().exp(),
         margins=torch.zeros(count, dtype=torch.float64),
         flipped=0.3 * rand(count, seed=seed + 5).double(),
@@ -580,6 +582,17 @@ def slow_gain(differences, weights, groups):
     return mean, math.sqrt(sum(s**2 for s in sums.values())) / total
 
 
+def slow_beta(apart, *, weights=None, flipped=0.0):
+    """The scale that explains pairs best by their score differences alone, by SciPy."""
+
+    def loss(log_beta):
+        odds = np.exp(log_beta) * apart
+        losses = np.logaddexp(0.0, -odds) + flipped * odds
+        return np.average(losses, weights=weights) + 1e-4 * log_beta**2
+
+    return math.exp(minimize_scalar(loss, bounds=(-5, 8), method="bounded").x)
+
+
 def test_the_summary_tells_what_was_measured_out_of_fold(dependent):
     gate, summary, data, module = dependent
     assert summary.comparisons == len(data) == 2000
@@ -616,16 +629,7 @@ def test_the_summary_tells_what_was_measured_out_of_fold(dependent):
         assert gain.high == pytest.approx(gain.mean + 1.96 * gain.error)
     found = module.out_of_fold(data)
     apart = (found.scores[:, 0] - found.scores[:, 1]).double().numpy()
-    beta = math.exp(
-        minimize_scalar(
-            lambda log_beta: (
-                np.logaddexp(0.0, -np.exp(log_beta) * apart).mean() + 1e-4 * log_beta**2
-            ),
-            bounds=(-5, 8),
-            method="bounded",
-        ).x
-    )
-    assert summary.beta == pytest.approx(beta, rel=1e-2)
+    assert summary.beta == pytest.approx(slow_beta(apart), rel=1e-2)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -634,7 +638,8 @@ def test_weights_and_ties_are_in_the_figures_of_the_summary(tmp_path, seed):
     _, summary = fit(data, tmp_path, epochs=2, margins="ignore", seed=seed)
     ready, module = RecordingTrainer.data, RecordingTrainer.module.eval()
     found = module.out_of_fold(ready)
-    weights = (data.weights / data.weights.mean()).tolist()
+    weights = data.weights * data.balance
+    weights = (weights / weights.mean()).tolist()
     slow, _ = slow_losses(module, ready)
     losses = [float(slow[int(k), c]) for c, k in enumerate(ready.folds)]
     assert summary.loss == pytest.approx(np.average(losses, weights=weights), rel=1e-4)
@@ -862,7 +867,7 @@ def judged(tmp_path_factory):
     for name, how, values in (
         ("plain", {}, {}),
         ("nuisance", {"nuisance": True, "style_names": ("log_length",)}, {}),
-        ("reweight", {}, {"weights": style_weights(pairs.nuisance)}),
+        ("reweight", {}, {"balance": style_weights(pairs.nuisance)}),
     ):
         gate, summary = fit(
             pairs.preferences(**values),
@@ -904,12 +909,44 @@ def test_style_is_in_the_loss_of_the_gate_but_not_in_its_scores(judged):
     assert summary.loss == pytest.approx(float(loss), rel=1e-4)
     assert summary.loss < float(np.logaddexp(0.0, -odds.numpy()).mean()) - 0.01
     assert summary.accuracy < float((odds + paid > 0).double().mean()) - 0.02
-    # The judges pay 1.5 per standard deviation of length, and 2 per unit of the score.
+    # The judges pay 1.5 per standard deviation of length.
     assert list(summary.style) == ["log_length"]
     assert summary.style["log_length"] == pytest.approx(1.5, rel=0.1)
-    assert summary.beta == pytest.approx(2.0, rel=0.15)
     assert gates["plain"][1].style == {}
     assert (gates["plain"][2].style == 0).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "nuisance", "reweight"])
+def test_beta_is_that_of_the_judgements_as_they_were_made(judged, name):
+    pairs, gates = judged
+    _, summary, module, data = gates[name]
+    found = module.out_of_fold(data)
+    apart = (found.scores[:, 0] - found.scores[:, 1]).double()
+    assert summary.beta == pytest.approx(slow_beta(apart.numpy()), rel=1e-2)
+    odds = summary.beta * apart
+    calibrated = calibration_error(torch.sigmoid(odds), torch.ones(6000), pairs.groups)
+    assert calibrated.error.mean < 0.015
+    # Not the one that explains them together with style.
+    own = module.log_beta.detach().exp()[data.folds].double()
+    trained = calibration_error(torch.sigmoid(own * apart), torch.ones(6000), pairs.groups)
+    assert (trained.error.mean > 0.03) == (name == "nuisance")
+
+
+def test_votes_and_weights_are_in_beta_but_neither_margins_nor_smoothing(tmp_path):
+    data = replace(
+        Task(depends=True, noise=0.5).preferences(
+            strengths=draw(1200, seed=4).double().exp(),
+            weights=draw(1200, seed=5).double().exp(),
+            flipped=0.5 * rand(1200, seed=6).double(),
+        ),
+        balance=draw(1200, seed=7).double().exp(),
+    )
+    for margins in ("scale", "subtract"):
+        _, summary = fit(data, tmp_path / margins, margins=margins, label_smoothing=0.2)
+        found = RecordingTrainer.module.out_of_fold(RecordingTrainer.data)
+        apart = (found.scores[:, 0] - found.scores[:, 1]).double().numpy()
+        expected = slow_beta(apart, weights=data.weights, flipped=data.flipped.numpy())
+        assert summary.beta == pytest.approx(expected, rel=1e-2)
 
 
 def test_the_trainer_starts_at_the_constant_mix_of_the_other_folds(judged):

@@ -27,6 +27,7 @@ from armo.fit.decorrelation import RewardTransform, style_logits
 from armo.fit.gating import GatingDiagnostics, GatingNetwork
 from armo.fit.heads import FittedHeads, HeadSummary, ObjectiveHeads, RewardUncertainty
 from armo.fit.training import Gain, GatingSummary
+from armo.report.calibration import calibration_error
 from armo.report.evaluate import DECIDED, MARKS, Mix, evaluate
 from armo.report.metrics import bootstrap_estimates, bootstrap_interval
 from armo.report.pages import save_pages
@@ -718,6 +719,39 @@ def with_pairs(data, **changes):
 ORDERED = ("rivals", "weights", "gate", "kinds", "quarters", "judgements")
 
 
+def test_probabilities_are_compared_with_what_judges_said(case):
+    tables = case.data.tables
+    votes = torch.tensor([0.5, 0.8, 1.0])[torch.arange(len(tables.pairs_chosen)) % 3]
+    found = _evaluate(
+        with_pairs(case.data, pairs_preference=votes),
+        heads=case.heads,
+        mix=case.mix,
+        other=case.other,
+    )
+    numbers = [k for k, pair in enumerate(case.pairs) if pair in case.test_side(case.pairs)]
+    apart = [
+        case.score(pair.prompt, pair.chosen, mix=case.mix)
+        - case.score(pair.prompt, pair.rejected, mix=case.mix)
+        for pair in case.test_side(case.pairs)
+    ]
+    expected = calibration_error(
+        torch.sigmoid(2.0 * torch.tensor(apart)),  # the mix's `beta`
+        votes[numbers],
+        tables.group_of_response[tables.pairs_chosen[tables.pairs_test]],
+        seed=3,
+    )
+    (what, *error), (chance, *null) = found.table("calibration").rows
+    assert (what, chance) == ("expected calibration error", "what chance alone would show")
+    both = expected.error, expected.null
+    for row, interval in zip((error, null), both, strict=True):
+        assert row == pytest.approx([interval.mean, interval.low, interval.high], abs=1e-4)
+    rows = found.table("reliability").rows
+    assert [row[2] for row in rows] == [b.count for b in expected.bins]
+    assert sum(row[2] for row in rows) == int(tables.pairs_test.sum())
+    for row, part in zip(rows, expected.bins, strict=True):
+        assert row[:2] == pytest.approx((part.predicted, part.observed), abs=1e-4)
+
+
 def test_ties_are_not_ordered_in_any_table(case):
     """A tie changes no more than a pair that is not there, on neither side of the split."""
     tables = case.data.tables
@@ -949,6 +983,8 @@ def test_without_counterfactual_pairs_their_table_is_left_out(case, encoder, tmp
         "objectives",
         "errors",
         "rivals",
+        "calibration",
+        "reliability",
         "weights",
         "gate",
         "kinds",
@@ -1038,7 +1074,7 @@ def test_rows_that_were_skipped_are_in_no_table(encoder, tmp_path, count):
     assert int(data.prompts.missing().sum()) == 1
     parts = _parts(encoder, names, seed=0)
     expected, found = _evaluate(plain, **parts), _evaluate(data, **parts)
-    assert len(expected.tables) == 10
+    assert len(expected.tables) == 12
     changed = [
         table.name
         for table, other in zip(expected.tables, found.tables, strict=True)

@@ -8,6 +8,7 @@ from rich.console import Console
 from armo.report.pages import (
     PLOTTED,
     _plot_quarters,
+    _plot_reliability,
     _plot_weights,
     cell,
     print_tables,
@@ -189,6 +190,20 @@ def test_the_quarters_are_drawn_with_their_intervals_and_without_the_differences
     # Where no pair differs in style there is nothing to draw.
     empty = Table("quarters", "Quarters", columns, ())
     assert "<svg" not in to_html(Evaluation((empty,)), title="x")
+
+
+def test_the_reliability_curve_is_drawn_beside_that_of_a_calibrated_model():
+    table = Table(
+        "reliability", "R", ("predicted", "observed", "pairs"), ((0.55, 0.4, 7), (0.9, 0.95, 8))
+    )
+    [axes] = _plot_reliability(table).axes
+    calibrated, curve = axes.lines
+    assert list(calibrated.get_xdata()) == list(calibrated.get_ydata()) == [0.5, 1.0]
+    assert list(curve.get_xdata()) == [0.55, 0.9]
+    assert list(curve.get_ydata()) == [0.4, 0.95]
+    assert [text.get_text() for text in axes.texts] == ["7", "8"]
+    assert axes.get_ylim()[0] < 0.4
+    assert "<svg" in to_html(Evaluation((table,)), title="x")
 
 
 def test_the_weights_are_drawn_heaviest_first_with_their_spread_beside_the_constant_mix():
