@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from armo.artifacts import read_json
-from armo.data.surface import FORMAT_FEATURES
+from armo.data.surface import FORMAT_FEATURES, MARKS
 from armo.embed.extract import EmbeddedData
 from armo.fit.constant import fit_constant_mix
 from armo.fit.decorrelation import load_transforms, style_logits
@@ -40,7 +40,6 @@ from armo.fit.heads import FittedHeads
 from armo.fit.preferences import Preferences
 from armo.fit.probe import load_probe
 from armo.fit.training import Gain, GatingSummary, fit_gating
-from armo.report.evaluate import MARKS
 from armo.report.metrics import Interval, bootstrap_contrasts, pairwise_accuracy
 from armo.report.pages import print_tables, to_markdown
 from armo.report.tables import Table

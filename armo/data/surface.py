@@ -62,6 +62,19 @@ Text in HTML counts as text, its tags and comments do not.
 
 FORMAT_FEATURES = tuple(name for name in SURFACE_FEATURES if name != "log_length")
 
+MARKS = (
+    "list_items",
+    "bold",
+    "italic",
+    "headings",
+    "links",
+    "code_blocks",
+    "inline_code",
+    "tables",
+    "emoji",
+)
+"""Surface features whose sum says which of two responses is more formatted."""
+
 SURFACE_VERSION = 2
 """To be raised whenever some text measures differently: stored covariates are then made again."""
 

@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from armo.data.surface import FORMAT_FEATURES
+from armo.data.surface import FORMAT_FEATURES, MARKS
 from armo.embed.extract import EmbeddedData
 from armo.fit.decorrelation import RewardTransform, style_logits
 from armo.fit.gating import GatingNetwork, diagnose
@@ -29,19 +29,6 @@ from armo.report.metrics import (
     within_prompt_correlation,
 )
 from armo.report.tables import Evaluation, Table
-
-MARKS = (
-    "list_items",
-    "bold",
-    "italic",
-    "headings",
-    "links",
-    "code_blocks",
-    "inline_code",
-    "tables",
-    "emoji",
-)
-"""Surface features whose sum says which of two responses is more formatted."""
 
 GATED = "gated score"
 """What the model gives, by whatever weights it was decided to keep."""

@@ -17,6 +17,7 @@ __all__ = [
     "bootstrap_estimates",
     "bootstrap_interval",
     "pairwise_accuracy",
+    "percentile_intervals",
     "rank_correlation",
     "resampled_counts",
     "within_prompt_correlation",
@@ -236,8 +237,15 @@ def bootstrap_correlation(
     values = ((xy - sx * sy / n) / spread)[varies]
     if not len(values):
         return Interval(float(x @ y), -1.0, 1.0)
-    low, high = _percentiles(values)
-    return Interval(float(x @ y), float(low), float(high))
+    return percentile_intervals((x @ y)[None], values[:, None])[0]
+
+
+def percentile_intervals(
+    whole: Float[Tensor, " figures"], drawn: Float[Tensor, "draws figures"]
+) -> list[Interval]:
+    """Put figures of the whole beside the 95 % percentiles of what resamples gave."""
+    three = zip(whole, *_percentiles(drawn), strict=True)
+    return [Interval(float(mean), float(low), float(high)) for mean, low, high in three]
 
 
 def resampled_counts(

@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 from armo.data.sources import load_pairs
 from armo.data.surface import (
     FORMAT_FEATURES,
+    MARKS,
     SURFACE_FEATURES,
     SURFACE_VERSION,
     surface_features,
@@ -578,3 +579,8 @@ def test_a_response_without_text_measures_zero(text):
 
 def test_no_responses_make_no_rows():
     assert surface_features([]).shape == (0, len(SURFACE_FEATURES))
+
+
+def test_marks_are_all_marks_of_format_that_are_no_words():
+    others = ("log_length", "paragraphs", "lines", "exclamations", "questions", "affirmative")
+    assert set(MARKS) == set(SURFACE_FEATURES) - set(others)

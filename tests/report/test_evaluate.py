@@ -28,7 +28,7 @@ from armo.fit.gating import GatingDiagnostics, GatingNetwork
 from armo.fit.heads import FittedHeads, HeadSummary, ObjectiveHeads, RewardUncertainty
 from armo.fit.training import Gain, GatingSummary
 from armo.report.calibration import calibration_error
-from armo.report.evaluate import DECIDED, MARKS, Mix, evaluate
+from armo.report.evaluate import DECIDED, Mix, evaluate
 from armo.report.metrics import bootstrap_estimates, bootstrap_interval
 from armo.report.pages import save_pages
 from armo.report.tables import Evaluation, Table
@@ -588,11 +588,6 @@ def test_the_style_rivals_log_odds_are_those_of_scikit_learn(case):
 def count_marks(text):
     """What WORDS hold of it."""
     return text.count("**bold**") + text.count("- item")
-
-
-def test_marks_are_all_marks_of_format_that_are_no_words():
-    others = ("log_length", "paragraphs", "lines", "exclamations", "questions", "affirmative")
-    assert set(MARKS) == set(SURFACE_FEATURES) - set(others)
 
 
 def test_quarters_are_the_accuracies_where_the_chosen_response_is_longer_or_more_formatted(case):
