@@ -14,9 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from armo.data.conversation import ResponseList, prompt_group
-from armo.data.surface import SURFACE_FEATURES
+from armo.data.surface import MARKS, SURFACE_FEATURES
 from armo.fit.decorrelation import deviate
-from armo.report.evaluate import MARKS
 from armo.report.metrics import bootstrap_contrasts
 from armo.report.tables import Table
 
@@ -37,7 +36,7 @@ class Winners:
             that over all responses; zero where all scores are equal.
         gold: Its gold rating.
         words: Its number of words.
-        marks: Its number of format marks, all of `armo.report.evaluate.MARKS` together.
+        marks: Its number of format marks, all of `armo.data.surface.MARKS` together.
         too_short: Number of lists that are left out, as they have fewer responses than the largest
             N.
         unscored: Number of responses that are left out for all, as one of the scores is missing.

@@ -1,5 +1,6 @@
 """Are preference probabilities to be believed: how often what is called likely comes true."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -7,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from armo.report.metrics import Interval
+from armo.report.tables import Table
 
-__all__ = ["Calibration", "ReliabilityBin", "calibration_error"]
+__all__ = ["Calibration", "ReliabilityBin", "calibration_error", "calibration_tables"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +130,54 @@ def calibration_error(
             for shares in torch.stack([predicted / rows, right / rows, rows], 1).tolist()
         ),
     )
+
+
+def calibration_tables(
+    probabilities: Mapping[str, Float[Tensor, " pairs"]],
+    outcomes: Float[Tensor, " pairs"],
+    prompts: Int[Tensor, " pairs"],
+    *,
+    seed: int = 0,
+) -> list[Table]:
+    """Show the calibration of some models: their errors, and their reliability curves.
+
+    Args:
+        probabilities: Of each model, by its name.
+        outcomes: As for `calibration_error`.
+        prompts: The same.
+        seed: Of the resampling.
+    """
+    found = {
+        name: calibration_error(values, outcomes, prompts, seed=seed)
+        for name, values in probabilities.items()
+    }
+    return [
+        Table(
+            "calibration",
+            "Preference probabilities: are they to be believed?",
+            ("model", "pairs", "error", "low", "high", "if calibrated", "at most"),
+            tuple(
+                (
+                    name,
+                    len(outcomes),
+                    *(each.error.mean, each.error.low, each.error.high),
+                    *(each.null.mean, each.null.high),
+                )
+                for name, each in found.items()
+            ),
+            "Expected calibration error over bins of about as many pairs, with 95 % bootstrap "
+            "intervals over prompts. By chance a calibrated model shows an error too, the more so "
+            "the fewer pairs there are: if calibrated, on average and at most, in 97.5 % of cases.",
+        ),
+        Table(
+            "reliability",
+            "Of the pairs with such a probability, how many went that way?",
+            ("model", "predicted", "observed", "pairs"),
+            tuple(
+                (name, each.predicted, each.observed, each.count)
+                for name, one in found.items()
+                for each in one.bins
+            ),
+            "By the probability of the response that the model prefers; a tie counts half.",
+        ),
+    ]

@@ -18,7 +18,7 @@ from armo.fit.gating import GatingNetwork, diagnose
 from armo.fit.heads import FittedHeads
 from armo.fit.preferences import ranked_right
 from armo.fit.training import GatingSummary
-from armo.report.calibration import calibration_error
+from armo.report.calibration import calibration_tables
 from armo.report.metrics import (
     Interval,
     bootstrap_correlation,
@@ -369,34 +369,13 @@ def _calibration_tables(data: EmbeddedData, scored: _Scored, *, seed: int) -> li
     tables = data.tables
     test = tables.pairs_test
     chosen, rejected = tables.pairs_chosen[test], tables.pairs_rejected[test]
-    found = calibration_error(
-        torch.sigmoid(scored.summary.beta * (scored.score[chosen] - scored.score[rejected])),
+    differences = scored.score[chosen] - scored.score[rejected]
+    return calibration_tables(
+        {GATED: torch.sigmoid(scored.summary.beta * differences)},
         tables.pairs_preference[test],
         tables.group_of_response[chosen],
         seed=seed,
     )
-    return [
-        Table(
-            "calibration",
-            "Preference probabilities: are they to be believed?",
-            ("what", "value", "from", "to"),
-            (
-                ("expected calibration error", *_spread(found.error)),
-                ("what chance alone would show", *_spread(found.null)),
-            ),
-            f"{len(chosen)} test pairs, {len(found.bins)} bins of about as many; 95 % bootstrap "
-            f"intervals over prompts. By chance a calibrated model shows an error too, the more so "
-            f"the fewer pairs there are.",
-        ),
-        Table(
-            "reliability",
-            "Of the pairs with such a probability, how many went that way?",
-            ("predicted", "observed", "pairs"),
-            tuple((b.predicted, b.observed, b.count) for b in found.bins),
-            "Test pairs, by the probability of the response that the model prefers; a tie counts "
-            "half.",
-        ),
-    ]
 
 
 def _weight_tables(data: EmbeddedData, scored: _Scored) -> list[Table]:

@@ -140,7 +140,7 @@ def _plot_rivals(table: Table) -> Figure:
 def _plot_reliability(table: Table) -> Figure:
     figure = Figure(figsize=(5, 4.4), layout="constrained")
     axes = figure.subplots()
-    predicted, observed, pairs = (table.column(name) for name in table.columns)
+    predicted, observed, pairs = map(table.column, ("predicted", "observed", "pairs"))
     axes.plot([0.5, 1.0], [0.5, 1.0], color="#555", linestyle=":", linewidth=1, label="calibrated")
     axes.plot(predicted, observed, "o-", color=AFTER, label="observed")
     for x, y, count in zip(predicted, observed, pairs, strict=True):

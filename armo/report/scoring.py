@@ -30,7 +30,7 @@ class ScoredLists:
     gating_weights: Float[Tensor, "responses objectives"]
     truncated: Bool[Tensor, " responses"]
 
-    def part(self, rows: slice) -> "ScoredLists":
+    def part(self, rows: slice | Tensor) -> "ScoredLists":
         """What is said of some of the responses."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objectives"}
         return ScoredLists(self.objectives, **{name: t[rows] for name, t in tensors.items()})

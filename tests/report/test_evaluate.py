@@ -28,7 +28,7 @@ from armo.fit.gating import GatingDiagnostics, GatingNetwork
 from armo.fit.heads import FittedHeads, HeadSummary, ObjectiveHeads, RewardUncertainty
 from armo.fit.training import Gain, GatingSummary
 from armo.report.calibration import calibration_error
-from armo.report.evaluate import DECIDED, Mix, evaluate
+from armo.report.evaluate import DECIDED, GATED, Mix, evaluate
 from armo.report.metrics import bootstrap_estimates, bootstrap_interval
 from armo.report.pages import save_pages
 from armo.report.tables import Evaluation, Table
@@ -735,16 +735,18 @@ def test_probabilities_are_compared_with_what_judges_said(case):
         tables.group_of_response[tables.pairs_chosen[tables.pairs_test]],
         seed=3,
     )
-    (what, *error), (chance, *null) = found.table("calibration").rows
-    assert (what, chance) == ("expected calibration error", "what chance alone would show")
-    both = expected.error, expected.null
-    for row, interval in zip((error, null), both, strict=True):
-        assert row == pytest.approx([interval.mean, interval.low, interval.high], abs=1e-4)
+    ((name, pairs, *values),) = found.table("calibration").rows
+    assert (name, pairs) == (GATED, int(tables.pairs_test.sum()))
+    error, null = expected.error, expected.null
+    assert values == pytest.approx(
+        [error.mean, error.low, error.high, null.mean, null.high], abs=1e-4
+    )
     rows = found.table("reliability").rows
-    assert [row[2] for row in rows] == [b.count for b in expected.bins]
-    assert sum(row[2] for row in rows) == int(tables.pairs_test.sum())
+    assert [row[3] for row in rows] == [b.count for b in expected.bins]
+    assert sum(row[3] for row in rows) == pairs
     for row, part in zip(rows, expected.bins, strict=True):
-        assert row[:2] == pytest.approx((part.predicted, part.observed), abs=1e-4)
+        assert row[0] == GATED
+        assert row[1:3] == pytest.approx((part.predicted, part.observed), abs=1e-4)
 
 
 def test_ties_are_not_ordered_in_any_table(case):
