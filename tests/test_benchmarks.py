@@ -29,6 +29,7 @@ EMBED = {
     "llama_best_of_16_vs_separate",
 }
 RIDGE = {"ridge_vs_sklearn_loop", "ridge_stream_peak_gb"}
+EVALUATE = {"bootstrap_ten_models_s", "bootstrap_lines_s", "abstention_ten_models_s"}
 GATE = {"gate_time_to_accuracy_vs_reference"}
 EMBED_GPU = {"llama8b_tokens_per_s", "llama8b_gemm_share", "llama8b_vs_one_at_a_time"}
 
@@ -111,6 +112,23 @@ def test_score_gives_every_figure(tmp_path):
     assert {name: figures[name]["goal"] for name in goals} == goals
     assert all(name in printed for name in figures)
     check(figures)
+
+
+def test_evaluate_gives_every_figure_and_stops_where_the_loop_finds_other_intervals(tmp_path):
+    printed, figures = run("evaluate", tmp_path)
+    assert set(figures) == EVALUATE
+    assert all(name in printed for name in EVALUATE)
+    assert figures["bootstrap_ten_models_s"]["goal"] == 5.0
+    assert figures["bootstrap_ten_models_s"]["baseline"] > 0.0
+    check(figures)
+    evaluate = load("evaluate")
+    credits = (evaluate.draw_differences(evaluate.TINY) > 0.0).double()
+    means, gains = evaluate.loop(credits, 50)
+    whole, prompts = torch.ones(1, 1, dtype=torch.float64), torch.arange(60)
+    found = evaluate.bootstrap_estimates(credits[..., None], whole, prompts, draws=50)
+    evaluate.check_same(found, means, gains)
+    with pytest.raises(SystemExit, match="do not give the same intervals"):
+        evaluate.check_same(found, means, gains + 1e-9)
 
 
 def test_ridge_gives_every_figure_and_checks_that_both_ways_choose_alike(tmp_path):

@@ -12,7 +12,7 @@ RANDOM_DRAWS = 20
 
 def baseline_scores(
     surface: Float[Tensor, "responses covariates"], *, seed: int = 0
-) -> dict[str, Float[Tensor, "draws responses"]]:
+) -> dict[str, Float[Tensor, "_ responses"]]:
     """Scores of the null baselines, to be put through the same rule as those of models.
 
     - `random`: uniform, in several draws. The mean of their credits is what chance gives, under

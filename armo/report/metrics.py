@@ -95,8 +95,8 @@ def bootstrap_estimates(
     expectation over prompts. Of `B` resamples, `b` have a gain of zero or below and `a` of zero or
     above: `p = min(1, 2 (1 + min(a, b)) / (1 + B))`. It is the bootstrap interval read backwards:
     `p < 0.05` where zero is outside of `[gain_low, gain_high]`, up to interpolation. It is never
-    zero, and is 1 where the models do not differ. With few prompts (under 20, say) it is too
-    small, as the intervals are too short.
+    zero, and is 1 where the models do not differ. With about ten prompts small ones come too
+    often, as the intervals are too short; ties between models make large ones larger.
 
     Args:
         values: One value per model, unit and part; NaN where the unit is not in that part, which

@@ -48,6 +48,25 @@ def test_the_bootstrap_agrees_with_scipy_where_each_row_is_its_own_group():
     assert ours.high == pytest.approx(theirs.high, abs=0.02)
 
 
+def test_paired_gains_agree_with_scipy_where_each_row_is_its_own_group():
+    values = draw(2, 200) + draw(200, seed=1)
+    values[1] += 0.02
+    found = bootstrap_estimates(values[..., None], ONE, torch.arange(200), draws=9999)
+    theirs = scipy.stats.bootstrap(
+        (values[1].numpy(), values[0].numpy()),
+        lambda x, y, axis: (x - y).mean(axis),
+        paired=True,
+        method="percentile",
+        rng=0,
+    )
+    interval, drawn = theirs.confidence_interval, theirs.bootstrap_distribution
+    assert float(found.gain_low[1]) == pytest.approx(interval.low, abs=0.02)
+    assert float(found.gain_high[1]) == pytest.approx(interval.high, abs=0.02)
+    p_value = 2 * min((drawn <= 0).mean(), (drawn >= 0).mean())
+    assert 0.02 < p_value < 0.5
+    assert float(found.p_value[1]) == pytest.approx(p_value, abs=0.03)
+
+
 def test_the_bootstrap_covers_a_known_mean_about_as_often_as_it_says():
     groups = torch.arange(40) // 2
     covered = 0
