@@ -134,14 +134,16 @@ _CALL = _compiled(
 )
 _PADDED = _compiled(_CODE, rf"(?P<said>[ \t]*(?:{'|'.join(map(regex.escape, _PADDING))}))")
 _CODE_SPAN = _compiled(_CODE)
+# White space up to the next text, but for what indents a line.
+_GAP = r"(?:(?:[ \t]*\n)+|[ \t]+|\Z)"
 _OPENING = regex.compile(
-    rf"\A\s*(?:(?:{'|'.join(AFFIRMATIVE)})(?:[.!:]+(?:\s+|\Z)|(?P<joined>,\s*|\s*[—\u2013]\s*|\s+-\s+)"
-    r"|[ \t]*\n\s*))+",
+    rf"\A\s*(?:(?:{'|'.join(AFFIRMATIVE)})"
+    rf"(?:[.!:]+{_GAP}|(?P<joined>,\s*|\s*[\u2014\u2013]\s*|\s+-\s+)|[ \t]*\n{_GAP}?))+",
     regex.IGNORECASE,
 )
 _HARD_BREAK = regex.compile(r"(?: {2}|\\)$", regex.MULTILINE)
 _ITEM = regex.compile(r"^\s*(?:(?:[-*+]|\d{1,9}[.)])(?:\s+|$))+")
-_ATX = regex.compile(r"^ {0,3}#{1,6}[ \t]+(?P<title>.*?)(?:[ \t]+#+)?[ \t]*$")
+_ATX = regex.compile(r"^ {0,3}#{1,6}(?:[ \t]+|$)(?P<title>.*?)(?:[ \t]+#+)?[ \t]*$")
 
 _Edit = tuple[int, int, str]
 
@@ -412,7 +414,7 @@ def _add_heading(source: _Source, rng: random.Random) -> list[_Edit]:
 def _without_length(source: _Source) -> str:
     return source.outside_code(
         lambda text: _PADDED.sub(lambda m: "" if m["said"] is not None else m[0], text)
-    ).strip()
+    ).rstrip()
 
 
 def _without_bold(source: _Source) -> str:
@@ -498,7 +500,9 @@ def _without_heading(source: _Source) -> str:
             continue
         first, end = token.map
         atx = _ATX.match(lines[first])
-        title = [atx["title"]] if atx is not None else lines[first : end - 1]
+        if token.markup.startswith("#") and atx is None:
+            return source.text  # inside a list or a quote
+        title = lines[first : end - 1] if atx is None else [atx["title"]]
         if title[0] in _TITLES and not "".join(lines[:first]).strip():
             title = []
         above = [""] if first and lines[first - 1].strip() else []
