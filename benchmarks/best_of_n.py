@@ -203,10 +203,7 @@ def main() -> None:
     backbone = ArmoRewardModel.from_pretrained(arguments.run / "model").backbone
     with tempfile.TemporaryDirectory() as scratch:
         embedded = embed_lists(
-            arguments.embeddings or Path(scratch) / "lists",
-            lists.rows,
-            load=lambda **_: backbone,
-            fingerprint=backbone.spec.fingerprint,
+            arguments.embeddings or Path(scratch) / "lists", lists.rows, backbone=backbone
         )
         scores = scores_of(arguments.run, embedded)
     names = {name: k for k, name in enumerate((*SCORES, "gold itself"))}

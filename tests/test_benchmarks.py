@@ -497,12 +497,7 @@ def test_best_of_n_scores_by_the_run_and_keeps_prompts_that_it_was_not_fitted_on
     assert len(lists.gold) == int(tested.sum()) == 24
 
     model = ArmoRewardModel.from_pretrained(finished / "model", device="cpu")
-    embedded = embed_lists(
-        tmp_path / "lists",
-        lists.rows,
-        load=lambda **_: model.backbone,
-        fingerprint=model.backbone.spec.fingerprint,
-    )
+    embedded = embed_lists(tmp_path / "lists", lists.rows, backbone=model.backbone)
     found = program.scores_of(finished, embedded)
     assert tuple(found) == tuple(name for name in program.SCORES)
     torch.testing.assert_close(

@@ -12,8 +12,7 @@ from armo.data.conversation import prompt_group
 from armo.data.objectives import Objective, ObjectiveSet
 from armo.data.rated_lists import compose_rated_lists, load_rated_lists
 from armo.data.sources import DataError, load_pairs, load_ratings, stream_ratings
-from armo.data.surface import SURFACE_FEATURES, surface_features
-from armo.report.evaluate import MARKS
+from armo.data.surface import MARKS, SURFACE_FEATURES, surface_features
 from armo.report.metrics import within_prompt_correlation
 
 HELP = Objective("helpfulness", 0, 4)
