@@ -492,3 +492,101 @@ def test_gains_of_a_gate_design_are_over_its_own_constant_mix_and_over_the_defau
     peeking = program.Variant("low rank", "drawn", peeks=True)
     found = program.figures_of(Drawn(), fits, variant=peeking, default=default)
     assert found["out-of-fold loss gain"] is None
+
+
+def test_best_of_n_scores_by_the_run_and_keeps_prompts_that_it_was_not_fitted_on(
+    finished, tmp_path
+):
+    from armo.artifacts import MANIFEST, read_json
+    from armo.data.objectives import Objective
+    from armo.data.rated_lists import load_rated_lists
+    from armo.embed.extract import EmbeddedData
+    from armo.embed.lists import embed_lists
+    from armo.fit.training import load_gating
+    from armo.model.reward_model import ArmoRewardModel
+    from armo.report.scoring import score_lists
+
+    program = load("best_of_n")
+    manifest = read_json(finished / "embeddings" / MANIFEST)
+    [path] = [path for path in manifest["inputs"] if path.endswith("ratings.jsonl")]
+    read = load_rated_lists(path, gold=Objective("honesty", 1, 5), min_responses=2)
+    lists = program.held_out(read, test_fraction=0.2)
+    tested = EmbeddedData.load(finished / "embeddings").tables.ratings_test
+    assert len(lists.gold) == int(tested.sum()) == 24
+
+    model = ArmoRewardModel.from_pretrained(finished / "model", device="cpu")
+    embedded = embed_lists(tmp_path / "lists", lists.rows, backbone=model.backbone)
+    found = program.scores_of(finished, embedded)
+    assert tuple(found) == tuple(name for name in program.SCORES)
+    torch.testing.assert_close(
+        found["gate"], score_lists(model, embedded).score, rtol=1e-5, atol=1e-6
+    )
+    _, summary = load_gating(finished / "gating", "gate")
+    constant = model.score_embeddings(
+        embedded.responses.read(embedded.response_of),
+        embedded.prompts.read(embedded.prompt_of_response[embedded.response_of]),
+        surface=embedded.surface,
+        weights=summary.constant_weights,
+    )
+    torch.testing.assert_close(found["constant mix"], constant.score.double(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found["gate"], found["gate, plain"], atol=1e-3)
+
+
+def test_prompts_that_the_hash_puts_on_the_training_side_are_no_test_of_a_run():
+    from armo.data.conversation import ResponseList
+    from armo.data.rated_lists import RatedLists
+
+    program = load("best_of_n")
+    rows = tuple(
+        ResponseList(f"{k}", "test", (Message("user", f"prompt {k}"),), ("a", "b"))
+        for k in range(400)
+    )
+    lists = RatedLists(rows, torch.arange(800).double())
+    kept = program.held_out(lists, test_fraction=0.2)
+    assert 50 < len(kept.rows) < 110
+    numbers = [int(row.id) for row in kept.rows]
+    assert kept.gold.tolist() == [value for k in numbers for value in (2.0 * k, 2.0 * k + 1)]
+
+
+def test_best_of_n_compares_scores_and_says_where_the_gold_stops_rising(finished, tmp_path):
+    command = [sys.executable, FOLDER / "best_of_n.py", "--run", finished, "--quick"]
+    command += ["--json", "figures.json", "--markdown", "tables.md", "--plot", "curves.svg"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == ["best_of_n", "contrasts", "rises"]
+    gold = {(row["model"], row["n"]): row["gold"] for row in figures["best_of_n"]}
+    sizes = (1, 2, 4, 8, 16)
+    rivals = ("random", "gold itself", "length only")
+    program = load("best_of_n")
+    assert set(gold) == {(name, n) for name in (*program.SCORES, *rivals) for n in sizes}
+    for label, one, other in program.CONTRASTS:
+        rows = [row for row in figures["contrasts"] if row["scores"] == label]
+        assert [row["n"] for row in rows] == [2, 4, 8, 16]
+        for row in rows:
+            assert row["gold"] == pytest.approx(gold[one, row["n"]] - gold[other, row["n"]])
+            assert row["low"] <= row["gold"] <= row["high"]
+    for row in figures["rises"]:
+        of, n, to = row["score"], row["n"], row["to"]
+        assert row["gold rises"] == pytest.approx(gold[of, to] - gold[of, n])
+        possible = gold["gold itself", to] - gold["random", to]
+        share = (gold[of, to] - gold["random", to]) / possible
+        assert row["of what is possible"] == pytest.approx(share)
+    assert "12 prompts" in done.stdout.replace("\n", " ")
+    assert "192 responses" in done.stdout
+    assert "| gate, plain |" in (tmp_path / "tables.md").read_text()
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+
+
+def test_best_of_n_needs_a_scale_for_the_gold_of_a_file(tmp_path):
+    command = [sys.executable, FOLDER / "best_of_n.py", "--run", tmp_path, "--lists", "rated.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--lists needs --gold, --low and --high" in done.stderr

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from armo.data.builtin.compose import SOURCE, compose_candidates, utility
-from armo.data.conversation import Message, Prompt, RatedResponse, ResponseList
+from armo.data.conversation import Message, Prompt, RatedResponse, ResponseList, prompt_group
 from armo.data.objectives import Objective, ObjectiveSet
 from armo.data.sources import DataError, Paths, stream_ratings
 
@@ -31,9 +31,9 @@ class RatedLists:
 def load_rated_lists(path: Paths, *, gold: Objective, min_responses: int = 4) -> RatedLists:
     """Group rated responses by their prompts.
 
-    Rows are read as `armo.data.sources.stream_ratings` does. Those without the gold rating, those
-    that say `"split": "train"` and then prompts with too few responses are left out, and counted in
-    the log. A response that stands there twice has the mean of its ratings.
+    Rows are read as `armo.data.sources.stream_ratings` does. Rows without the gold rating, prompts
+    of which a row says `"split": "train"`, and prompts with too few responses are left out, and
+    counted in the log. A response that stands there twice has the mean of its ratings.
 
     Args:
         path: A file, a folder (all its files in name order), or a list of them.
@@ -62,44 +62,47 @@ def load_rated_lists(path: Paths, *, gold: Objective, min_responses: int = 4) ->
         raise ValueError(f"`min_responses` must be 2 or more, got {min_responses}.")
     objectives = ObjectiveSet((replace(gold, bias=False),))
     lists: dict[Prompt, tuple[RatedResponse, dict[str, list[float]]]] = {}
-    read = unrated = trained = 0
+    trained: set[str] = set()
+    read = unrated = 0
     for row in stream_ratings(path, objectives=objectives, undeclared="leave_out"):
         read += 1
+        if row.split == "train":
+            trained.add(prompt_group(row.prompt))
         if gold.name not in row.ratings:
             unrated += 1
-        elif row.split == "train":
-            trained += 1
-        else:
-            _, responses = lists.setdefault(row.prompt, (row, {}))
-            text = row.conversation.response.strip()
-            responses.setdefault(text, []).append(gold.to_unit(row.ratings[gold.name]))
+            continue
+        _, responses = lists.setdefault(row.prompt, (row, {}))
+        text = row.conversation.response.strip()
+        responses.setdefault(text, []).append(gold.to_unit(row.ratings[gold.name]))
     rows: list[ResponseList] = []
     values: list[float] = []
+    on_training_side = too_few = 0
     for first, responses in lists.values():
-        if len(responses) < min_responses:
-            continue
-        rows.append(
-            ResponseList(
-                id=first.id,
-                source=first.source,
-                prompt=first.prompt,
-                responses=tuple(responses),
-                category=first.category,
+        if prompt_group(first.prompt) in trained:
+            on_training_side += 1
+        elif len(responses) < min_responses:
+            too_few += 1
+        else:
+            rows.append(
+                ResponseList(
+                    id=first.id,
+                    source=first.source,
+                    prompt=first.prompt,
+                    responses=tuple(responses),
+                    category=first.category,
+                    split=first.split,
+                )
             )
-        )
-        values += [sum(ratings) / len(ratings) for ratings in responses.values()]
+            values += [sum(ratings) / len(ratings) for ratings in responses.values()]
+    left_out = (
+        f"{unrated} of {read} rows have no rating of {gold.name!r}, {on_training_side} prompts are "
+        f"on the training side, {too_few} have fewer than {min_responses} responses"
+    )
     if not rows:
         raise DataError(
-            f"{path}: no prompt has {min_responses} responses rated on {gold.name!r} "
-            f"({read} rows, {unrated} not rated on it, {trained} with `split` train, "
-            f"{len(lists)} prompts); lower `min_responses`, or name another objective as `gold`"
+            f"{path}: no list is left: {left_out}; lower `min_responses`, or name another `gold`"
         )
-    logger.info(
-        "%d lists of %d responses from %d rows; left out: %d rows without a rating of %s, %d with "
-        "`split` train, %d prompts with fewer than %d responses",
-        *(len(rows), len(values), read, unrated, gold.name, trained),
-        *(len(lists) - len(rows), min_responses),
-    )
+    logger.info("%d lists of %d responses; left out: %s", len(rows), len(values), left_out)
     return RatedLists(tuple(rows), torch.tensor(values, dtype=torch.float64))
 
 

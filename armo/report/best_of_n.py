@@ -157,6 +157,7 @@ def best_of_n(
             values = torch.cat([own[:, None], worth[part]], dim=1)
             expected[j, k] = winner_weights(scores[j, part], sizes) @ values
     own_score, winner_gold, words, winner_marks = expected.unbind(3)
+    own_score[:, :, 0] = 0.0  # the mean of deviations, but for rounding
     return Winners(
         sizes,
         torch.tensor([group for group, _ in used]),

@@ -12,8 +12,7 @@ from armo.data.conversation import prompt_group
 from armo.data.objectives import Objective, ObjectiveSet
 from armo.data.rated_lists import compose_rated_lists, load_rated_lists
 from armo.data.sources import DataError, load_pairs, load_ratings, stream_ratings
-from armo.data.surface import SURFACE_FEATURES, surface_features
-from armo.report.evaluate import MARKS
+from armo.data.surface import MARKS, SURFACE_FEATURES, surface_features
 from armo.report.metrics import within_prompt_correlation
 
 HELP = Objective("helpfulness", 0, 4)
@@ -42,7 +41,7 @@ def test_rated_responses_are_grouped_by_prompt_in_the_order_of_the_file(write):
     assert [row.id for row in lists.rows] == ["r0", "r1"]
     assert [row.prompt[0].content for row in lists.rows] == ["prompt 0", "prompt 1"]
     assert lists.rows[1].responses == ("response 1", "response 3", "response 5")
-    assert {(row.source, row.category) for row in lists.rows} == {("s", "chat")}
+    assert {(row.source, row.category, row.split) for row in lists.rows} == {("s", "chat", None)}
     assert lists.gold.tolist() == [0.0, 0.5, 1.0, 0.25, 0.25, 0.75, 0.0]
 
 
@@ -79,15 +78,16 @@ def test_what_is_left_out_is_counted(write, caplog):
         *(rated(k, "p", f"{k}") for k in range(3)),
         rated(3, "p", "not rated on it", ratings={"other": 900}),
         rated(4, "p", "missing", ratings={"helpfulness": None}),
-        *(rated(k, "trained on", f"{k}", split="train") for k in range(5, 9)),
+        *(rated(k, "trained on", f"{k}") for k in range(5, 8)),
+        rated(8, "Trained  on", "8", split="train"),  # one row decides for its prompt
         rated(9, "alone", "9"),
     ]
     with caplog.at_level(logging.INFO, logger="armo.data.rated_lists"):
         lists = load_rated_lists(write(rows), gold=HELP, min_responses=3)
     assert [len(row.responses) for row in lists.rows] == [3]
     assert caplog.messages == [
-        "1 lists of 3 responses from 10 rows; left out: 2 rows without a rating of helpfulness, 4 "
-        "with `split` train, 1 prompts with fewer than 3 responses"
+        "1 lists of 3 responses; left out: 2 of 10 rows have no rating of 'helpfulness', 2 prompts "
+        "are on the training side, 1 have fewer than 3 responses"
     ]
 
 
