@@ -515,8 +515,8 @@ def test_an_index_is_made_anew_in_the_same_folder(tmp_path):
 
 
 @pytest.mark.usefixtures("no_type_checks")
-def test_fifty_thousand_rows_stay_on_disk(tmp_path):
-    rows, long = 50_000, "x" * 700
+def test_twenty_thousand_rows_stay_on_disk(tmp_path):
+    rows, long = 20_000, "x" * 700
 
     def stream():
         for k in range(rows):
