@@ -14,7 +14,7 @@ test: .venv/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 # Write the built-in corpus again after a change of its pieces or of the program.
 corpus: .venv/.demo

@@ -5,9 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Tensors here are tiny and tests run side by side: more threads only wait for one another. Before
+# torch starts its own, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import lightning  # noqa: F401  (before armo, so that only armo goes through the shape checker)
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -21,6 +26,18 @@ from transformers import (
 settings.register_profile("local", deadline=None, max_examples=30)
 settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """`pytest -n auto` starts a worker for each processor that it may use, and no crowd of them."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the tests of the demo: all others can be run while it is trained."""
+    items.sort(key=lambda item: "demo_folder" not in item.fixturenames)
+
 
 # A template in the manner of Llama 3: BOS, headers, end-of-turn tokens, contents trimmed.
 CHAT_TEMPLATE = (
@@ -207,7 +224,9 @@ def demo_folder():
     """The run that `make demo` leaves behind; trained here if it is not up to date."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "armo.cli", "train", "experiment=demo"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    # One worker trains, the others wait and find the run up to date.
+    with FileLock(root / "checkpoints" / ".demo.lock"):
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return root / "checkpoints" / "demo"
 

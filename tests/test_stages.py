@@ -1107,20 +1107,17 @@ def test_a_training_of_other_settings_is_not_gone_on_with(
 def test_a_killed_gating_stage_goes_on_and_leaves_the_same_bits(trained, arguments, tmp_path):
     more = (f"from_run={trained[0]}", "stages=[gating]", "fit/gating=mlp")
     more = (*more, "fit.trainer.max_epochs=100", "fit.gating.patience=1000")
-
-    def command(folder):
-        return [sys.executable, "-m", "armo.cli", *arguments, *more, f"output_dir={folder}"]
-
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole), check=True, capture_output=True)
-    with subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as it:
+    run_again(arguments, whole, *more)
+    command = [sys.executable, "-m", "armo.cli", *arguments, *more, f"output_dir={killed}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as it:
         while not list(killed.rglob("*.ckpt")):
             assert it.poll() is None
             time.sleep(0.01)
         it.kill()
     assert not (killed / "gating" / "manifest.json").exists()
     assert list(killed.rglob("*.ckpt"))
-    subprocess.run(command(killed), check=True, capture_output=True)
+    run_again(arguments, killed, *more)
     names = read_json(whole / "gating" / "manifest.json")["files"]
     assert read_json(killed / "gating" / "manifest.json")["files"] == names
     assert not list(killed.rglob("*.ckpt"))

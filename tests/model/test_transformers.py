@@ -61,6 +61,18 @@ def folder(made, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def every_folder(encoder, causal, tmp_path_factory):
+    """A model folder of each kind: what a process of its own is started for, it does with all."""
+    folders = []
+    for name, covariates in KINDS:
+        folders.append(tmp_path_factory.mktemp("every") / "model")
+        backbone = {"encoder": encoder, "causal": causal}[name]
+        made = make_model(backbone, covariates=covariates)
+        made.save_pretrained(folders[-1], golden=CONVERSATIONS[:2])
+    return folders
+
+
+@pytest.fixture(scope="module")
 def model(folder):
     return AutoModelForSequenceClassification.from_pretrained(folder)
 
@@ -257,39 +269,55 @@ def run_alone(code, *arguments, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_compiled_it_gives_the_same_scores(folder, model, texts):
+def scores_of(folder):
+    return ArmoRewardModel.from_pretrained(folder, device="cpu").score(CONVERSATIONS).score.tolist()
+
+
+def test_compiled_it_gives_the_same_scores(every_folder):
+    folders = [every_folder[0], every_folder[3]]  # either backbone, with and without covariates
     code = """
 import json, sys, torch, armo
 from transformers import AutoTokenizer
-model = armo.ArmoRewardModel.from_pretrained(sys.argv[1], device="cpu")
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-texts = json.loads(sys.argv[2])
-ids = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
-compiled = torch.compile(model, backend="eager")
-logits = compiled(**ids).logits[:, 0].tolist()
-fewer = compiled(**{name: values[:2] for name, values in ids.items()}).logits[:, 0].tolist()
-print(json.dumps([logits, fewer]))
+*folders, conversations = sys.argv[1:]
+found = []
+for folder in folders:
+    model = armo.ArmoRewardModel.from_pretrained(folder, device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [tokenizer.apply_chat_template(c, tokenize=False) for c in json.loads(conversations)]
+    ids = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    logits = compiled(**ids).logits[:, 0].tolist()
+    fewer = compiled(**{name: values[:2] for name, values in ids.items()}).logits[:, 0].tolist()
+    found.append([logits, fewer])
+print(json.dumps(found))
 """
-    logits, fewer = run_alone(code, folder, json.dumps(texts))
-    expected = model.score(CONVERSATIONS).score.tolist()
-    assert logits == pytest.approx(expected, abs=1e-5, rel=1e-6)
-    assert fewer == pytest.approx(expected[:2], abs=1e-5, rel=1e-6)
+    found = run_alone(code, *folders, json.dumps(CONVERSATIONS))
+    for folder, (logits, fewer) in zip(folders, found, strict=True):
+        expected = scores_of(folder)
+        assert logits == pytest.approx(expected, abs=1e-5, rel=1e-6)
+        assert fewer == pytest.approx(expected[:2], abs=1e-5, rel=1e-6)
 
 
-def test_scoring_needs_neither_training_nor_dataset_libraries(folder, model):
+def test_scoring_needs_neither_training_nor_dataset_libraries(every_folder):
     code = """
 import builtins, json, sys
 for name in ("datasets", "lightning", "hydra", "omegaconf", "pytorch_lightning"):
     sys.modules[name] = None  # importing it raises ImportError
 import armo
 from transformers import AutoModelForSequenceClassification
-conversations = json.loads(sys.argv[2])
-model = armo.ArmoRewardModel.from_pretrained(sys.argv[1], device="cpu")
-auto = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-print(json.dumps([m.score(conversations).score.tolist() for m in (model, auto)]))
+*folders, conversations = sys.argv[1:]
+conversations = json.loads(conversations)
+found = []
+for folder in folders:
+    model = armo.ArmoRewardModel.from_pretrained(folder, device="cpu")
+    auto = AutoModelForSequenceClassification.from_pretrained(folder)
+    found.append([m.score(conversations).score.tolist() for m in (model, auto)])
+print(json.dumps(found))
 """
-    own, auto = run_alone(code, folder, json.dumps(CONVERSATIONS))
-    assert own == auto == pytest.approx(model.score(CONVERSATIONS).score.tolist(), abs=1e-6)
+    found = run_alone(code, *every_folder, json.dumps(CONVERSATIONS))
+    for folder, (own, auto) in zip(every_folder, found, strict=True):
+        assert own == auto == pytest.approx(scores_of(folder), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -305,19 +333,23 @@ print(json.dumps([m.score(conversations).score.tolist() for m in (model, auto)])
         "from transformers import AutoConfig",
     ],
 )
-def test_armo_is_known_to_transformers_whichever_is_imported_first(folder, first):
+def test_armo_is_known_to_transformers_whichever_is_imported_first(every_folder, first):
     code = f"""
 {first}
 import json, sys
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-config = AutoConfig.from_pretrained(sys.argv[1])
-print(json.dumps([type(x).__name__ for x in (config, model)] + [tokenizer.chat_template]))
+found = []
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    found.append([type(x).__name__ for x in (config, model)] + [tokenizer.chat_template])
+print(json.dumps(found))
 """
-    config, model, template = run_alone(code, folder)
-    assert (config, model) == ("ArmoConfig", "ArmoRewardModel")
-    assert template == (folder / "chat_template.jinja").read_text()
+    found = run_alone(code, *every_folder)
+    for folder, (config, model, template) in zip(every_folder, found, strict=True):
+        assert (config, model) == ("ArmoConfig", "ArmoRewardModel")
+        assert template == (folder / "chat_template.jinja").read_text()
 
 
 def test_importing_armo_imports_neither_torch_nor_the_parts_of_transformers():
