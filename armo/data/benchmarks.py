@@ -323,12 +323,19 @@ def judge_bench_row(row: Mapping[str, Any]) -> ResponseList:
     )
 
 
-def load_preferences(path: Paths, *, name: str = "pairs", title: str | None = None) -> Benchmark:
+def load_preferences(
+    path: Paths,
+    *,
+    columns: Mapping[str, Any] | None = None,
+    name: str = "pairs",
+    title: str | None = None,
+) -> Benchmark:
     """Load preference pairs or response lists in armo's own format as a benchmark.
 
     Args:
         path: A file, a folder (all its files in name order) or a list of them; each file has
             either pairs (`chosen`, `rejected`) or lists (`responses`).
+        columns: Where the fields stand in rows that are not native; see `ColumnMap`.
         name: Of the benchmark.
         title: How people write it; the name of the file or folder by default.
 
@@ -338,10 +345,10 @@ def load_preferences(path: Paths, *, name: str = "pairs", title: str | None = No
     rows: list[ResponseList] = []
     for file in data_files(path, builtin_file=BUILTIN_FILES["pairs"]):
         _, first = next(read_rows(file), ("", {}))
-        if "responses" in first:
-            rows += stream_lists(str(file))
+        if "responses" in (columns or first):
+            rows += stream_lists(str(file), columns=columns)
         else:
-            rows += map(_pair_list, stream_pairs(str(file)))
+            rows += map(_pair_list, stream_pairs(str(file), columns=columns))
     only = path if isinstance(path, str) else ", ".join(path)
     return Benchmark(name, title or Path(only).name.partition(".")[0], "pairs", tuple(rows))
 
