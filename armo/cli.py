@@ -147,6 +147,7 @@ def train(cfg: DictConfig) -> float | None:
             raise ValueError(
                 "several devices for the gate need `fit.trainer.strategy=ddp_spawn` as well"
             )
+    _check_benchmark(cfg.data.benchmark)
     rank = outer_rank() or 0
     run = stages.Run(
         folder=_output_folder(cfg),
@@ -502,6 +503,16 @@ def _output_folder(cfg: DictConfig) -> Path:
 def _build(section: DictConfig, **more: Any) -> Any:
     """Make the function that a section names, its settings filled in as plain values."""
     return instantiate(section, _convert_="all", **more)
+
+
+def _check_benchmark(section: DictConfig) -> None:
+    """Refuse a benchmark that `armo evaluate` loads; a run's report knows counterfactual pairs."""
+    if section.get("_target_") is not None and not section.get("_partial_"):
+        choice = HydraConfig.get().runtime.choices["data/benchmark"]
+        raise ValueError(
+            f"`data/benchmark={choice}` is for `armo evaluate`; a training run knows builtin, "
+            f"jsonl and none"
+        )
 
 
 def _check_logger(section: DictConfig) -> None:

@@ -463,6 +463,13 @@ def test_an_unknown_setting_is_named(override, name, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["rm_bench", "builtin_test"])
+def test_a_training_run_refuses_a_benchmark_of_the_evaluation(name, tmp_path):
+    error = error_of("train", f"data/benchmark={name}", f"output_dir={tmp_path / 'run'}")
+    assert f"`data/benchmark={name}` is for `armo evaluate`" in error
+    assert not (tmp_path / "run" / "embeddings").exists()
+
+
 def targets(node, place):
     """Every `_target_` section below a node, with where it stands."""
     if isinstance(node, dict):

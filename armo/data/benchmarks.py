@@ -140,7 +140,7 @@ def load_reward_bench(
         if not named:
             raise DataError(f"{prior_sets}: no file is named after {', '.join(PRIOR_SETS)}")
         sources += named
-    rows, notes = _parse(chain(*sources), reward_bench_row)
+    rows, notes = _parse(chain(*sources), reward_bench_row, path=path)
     return Benchmark("reward_bench", "RewardBench", "reward_bench", rows, notes)
 
 
@@ -171,7 +171,8 @@ def load_reward_bench_2(
     path: str = "allenai/reward-bench-2", *, revision: str | None = None
 ) -> Benchmark:
     """Load RewardBench 2, its split `test`; arguments and errors as of `load_reward_bench`."""
-    rows, notes = _parse(_source(path, splits=("test",), revision=revision), reward_bench_2_row)
+    source = _source(path, splits=("test",), revision=revision)
+    rows, notes = _parse(source, reward_bench_2_row, path=path)
     return Benchmark("reward_bench_2", "RewardBench 2", "reward_bench_2", rows, notes)
 
 
@@ -225,7 +226,7 @@ def load_rm_bench(path: str = "THU-KEG/RM-Bench", *, revision: str | None = None
         DataError: As of `load_reward_bench`.
     """
     source = _source(path, splits=("train", "total_dataset"), hub=("train",), revision=revision)
-    rows, notes = _parse(source, rm_bench_row)
+    rows, notes = _parse(source, rm_bench_row, path=path)
     return Benchmark("rm_bench", "RM-Bench", "rm_bench", rows, notes)
 
 
@@ -289,7 +290,7 @@ def load_judge_bench(
     benchmarks = []
     for name, those in parts.items():
         if those:
-            rows, notes = _parse(those, judge_bench_row)
+            rows, notes = _parse(those, judge_bench_row, path=path)
             title = f"JudgeBench, {JUDGE_BENCH_MODELS[name]}"
             benchmarks.append(Benchmark(f"judge_bench_{name}", title, "judge_bench", rows, notes))
     if not benchmarks:
@@ -323,12 +324,19 @@ def judge_bench_row(row: Mapping[str, Any]) -> ResponseList:
     )
 
 
-def load_preferences(path: Paths, *, name: str = "pairs", title: str | None = None) -> Benchmark:
+def load_preferences(
+    path: Paths,
+    *,
+    columns: Mapping[str, Any] | None = None,
+    name: str = "pairs",
+    title: str | None = None,
+) -> Benchmark:
     """Load preference pairs or response lists in armo's own format as a benchmark.
 
     Args:
         path: A file, a folder (all its files in name order) or a list of them; each file has
             either pairs (`chosen`, `rejected`) or lists (`responses`).
+        columns: Where the fields stand in rows that are not native; see `ColumnMap`.
         name: Of the benchmark.
         title: How people write it; the name of the file or folder by default.
 
@@ -338,10 +346,10 @@ def load_preferences(path: Paths, *, name: str = "pairs", title: str | None = No
     rows: list[ResponseList] = []
     for file in data_files(path, builtin_file=BUILTIN_FILES["pairs"]):
         _, first = next(read_rows(file), ("", {}))
-        if "responses" in first:
-            rows += stream_lists(str(file))
+        if "responses" in (columns or first):
+            rows += stream_lists(str(file), columns=columns)
         else:
-            rows += map(_pair_list, stream_pairs(str(file)))
+            rows += map(_pair_list, stream_pairs(str(file), columns=columns))
     only = path if isinstance(path, str) else ", ".join(path)
     return Benchmark(name, title or Path(only).name.partition(".")[0], "pairs", tuple(rows))
 
@@ -431,6 +439,8 @@ def _letters(name: str) -> str:
 def _parse(
     source: Iterable[tuple[str, Mapping[str, Any]]],
     parse: Callable[[Mapping[str, Any]], ResponseList],
+    *,
+    path: str,
 ) -> tuple[tuple[ResponseList, ...], tuple[str, ...]]:
     """Make lists of rows, and notes on rows that are left out; an id seen before gets a number."""
     rows: list[ResponseList] = []
@@ -452,7 +462,7 @@ def _parse(
             row = replace(row, id=f"{row.id} ({seen[row.id]})")
         rows.append(row)
     if not rows:
-        raise DataError("the benchmark has no rows")
+        raise DataError(f"{path}: no rows")
     return tuple(rows), (f"{empty} rows with an empty text are left out",) if empty else ()
 
 
@@ -536,11 +546,10 @@ def _saved_rows(
     import datasets
 
     saved: Any = datasets.load_from_disk(str(folder))
-    if several:
-        if not (named := [name for name in splits if name in saved]):
-            raise DataError(f"{folder}: has splits {', '.join(saved)}, not {', '.join(splits)}")
-        saved = chain.from_iterable(saved[name] for name in named)
-    for number, row in enumerate(saved, start=1):
+    parts = [saved[name] for name in splits if name in saved] if several else [saved]
+    if not parts:
+        raise DataError(f"{folder}: has splits {', '.join(saved)}, not {', '.join(splits)}")
+    for number, row in enumerate(chain(*parts), start=1):
         yield f"{folder} row {number}", row
 
 

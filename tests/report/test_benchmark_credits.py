@@ -109,7 +109,9 @@ def ranked(ranks, category="", prompt="p"):
 
 def results(bench, *models):
     """What each line comes to, by label, for one model or a list of them."""
-    scores = torch.tensor([[float(s) for row in model for s in row] for model in models]).double()
+    scores = torch.tensor(
+        [[float(s) for row in model for s in row] for model in models], dtype=torch.float64
+    )
     credits = benchmark_credits(bench, scores)
     labels = [line.label for line in credits.lines]
     assert len(set(labels)) == len(labels)
