@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -34,6 +34,7 @@ usage: armo VERB [OVERRIDES ...]
 
   train    rated responses and preference pairs in, a scoring model out
   score    score the rows of a file with a model
+  evaluate models side by side on test sets: tables, pictures, one page
   explain  say why one response of a pair is preferred, and what would change that
   verify   check that a model scores its golden conversations as it did when made
   import   make a model folder of a published ArmoRM or QRM checkpoint
@@ -283,6 +284,86 @@ def score(cfg: DictConfig) -> None:
         console.print(f"saved {cfg.output}")
 
 
+@hydra.main(**CONFIG, config_name="evaluate")
+@_in_one_line
+def evaluate(cfg: DictConfig) -> None:
+    """Evaluate models on test sets, side by side."""
+    from armo.data.benchmarks import Benchmark
+    from armo.model.pretrained import download_folder, load_folder
+    from armo.model.reward_model import ArmoRewardModel
+    from armo.report.bias import probe_lists
+    from armo.report.card import fill_card
+    from armo.report.pages import print_tables, save_pages
+    from armo.report.suite import (
+        DETAILS,
+        TestSets,
+        evaluate_models,
+        headlines,
+        model_names,
+        save_scores,
+        score_models,
+    )
+
+    paths = [cfg.model] if isinstance(cfg.model, str) else [str(path) for path in cfg.model]
+    names = model_names(paths, None if cfg.names is None else [str(name) for name in cfg.names])
+    here = [Path(path).expanduser() for path in paths]
+    if cfg.card and (remote := [str(path) for path in here if not path.is_dir()]):
+        raise ValueError(f"`card` writes into folders; {remote[0]} is none")
+    folders = [path if path.is_dir() else download_folder(str(path)) for path in here]
+    for folder in folders:  # all of them, before hours of embedding
+        load_folder(folder)
+    if cfg.data.benchmark.get("_partial_") or cfg.data.benchmark._target_ is None:
+        raise ValueError(
+            "`data/benchmark`: this one is lists for a training run; to evaluate on your own pairs "
+            "or lists, data/benchmark=pairs data.benchmark.path=..."
+        )
+    built = _build(cfg.data.benchmark)
+    sets = TestSets(
+        (built,) if isinstance(built, Benchmark) else tuple(built), rated=_build(cfg.data.best_of_n)
+    )
+    if cfg.probes:
+        sets = replace(sets, probes=probe_lists(sets.judged, most=cfg.probes, seed=cfg.seed))
+    models = {
+        name: partial(
+            ArmoRewardModel.from_pretrained,
+            folder,
+            device=cfg.device,
+            batch_tokens=cfg.batch_tokens,
+        )
+        for name, folder in zip(names, folders, strict=True)
+    }
+    output, console = Path(cfg.output_dir), _console(width=132)
+    scored = score_models(models, sets.rows, output)
+    evaluation = evaluate_models(sets, scored, seed=cfg.seed)
+    title = f"{', '.join(names)} on {', '.join(each.title for each in sets.benchmarks)}"
+    save_pages(evaluation, output, title=title)
+    save_scores(output, sets, scored)
+    shown = [
+        _few_sizes(table) if table.name == "best_of_n" else table
+        for table in evaluation.tables
+        if table.name not in DETAILS
+    ]
+    print_tables(shown, console)
+    if cfg.card:
+        for name, folder in zip(names, folders, strict=True):
+            fill_card(
+                folder,
+                shown,
+                title="Evaluation",
+                name=name,
+                accuracies=headlines(sets, evaluation, name),
+            )
+            console.print(f"filled the card of {folder}")
+    console.print(f"saved {output / 'report.html'}")
+
+
+def _few_sizes(table: Any) -> Any:
+    """Leave most sizes of the choice to the saved report."""
+    size = table.columns.index("n")
+    largest = max(row[size] for row in table.rows)
+    return replace(table, rows=tuple(row for row in table.rows if row[size] in (1, 4, largest)))
+
+
 @hydra.main(**CONFIG, config_name="explain")
 @_in_one_line
 def explain(cfg: DictConfig) -> None:
@@ -476,6 +557,7 @@ def export(cfg: DictConfig) -> None:
 VERBS = {
     "train": train,
     "score": score,
+    "evaluate": evaluate,
     "explain": explain,
     "verify": verify,
     "import": import_,
