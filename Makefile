@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test corpus clean
+.PHONY: demo test notebooks corpus clean
 
 demo: .venv/.demo
 	$(BIN)/armo train experiment=demo
@@ -15,6 +15,10 @@ test: .venv/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto --dist worksteal
+
+# Execute the notebooks again and save their outputs.
+notebooks: .venv/.test
+	$(BIN)/python notebooks/execute.py
 
 # Write the built-in corpus again after a change of its pieces or of the program.
 corpus: .venv/.demo
