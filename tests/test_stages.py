@@ -605,6 +605,7 @@ def test_a_comparison_counts_as_its_row_its_source_and_its_style_say(preferred, 
         return row.get("weight", 1.0) * SOURCE_WEIGHTS.get(row["source"], 1.0)
 
     weights = torch.tensor([own(pairs[k]) for k in used], dtype=torch.float64)
+    balance = torch.ones_like(weights)
     if reweight:  # what a tie says is not predicted by style
         decided = [n for n, k in enumerate(used) if pairs[k].get("preference", 1.0) > 0.5]
         assert len(decided) < len(used)
@@ -613,8 +614,11 @@ def test_a_comparison_counts_as_its_row_its_source_and_its_style_say(preferred, 
             surface_features([pairs[used[n]][side] for n in decided])[:, columns]
             for side in ("chosen", "rejected")
         ]
-        weights[decided] *= style_weights(sides[0] - sides[1], weights[decided])
+        balance[decided] = style_weights(sides[0] - sides[1], weights[decided])
     of_lists = [own(lists[k]) for k in trained_on(lists)]
+    assert found.balance.tolist() == pytest.approx(
+        [*balance.tolist(), *(1.0 for _ in of_lists)], rel=1e-5
+    )
     assert found.weights.tolist() == pytest.approx([*weights.tolist(), *of_lists], rel=1e-5)
 
 
@@ -712,7 +716,7 @@ def test_the_single_objective_is_the_one_that_ranks_most_training_comparisons_ri
             places = [(a, b) for a in there for b in there if ranks[a] < ranks[b]]
             if not places:
                 continue
-            weight = float(found.weights[row] * margins[row])
+            weight = float(found.weights[row] * found.balance[row] * margins[row])
             ordered = [credit_of(values[a], values[b]) for a, b in places]
             right += weight * sum(ordered) / len(ordered)
             total += weight
@@ -1616,6 +1620,8 @@ def test_the_report_is_about_the_test_side_alone(trained, rows):
         "objectives",
         "errors",
         "rivals",
+        "calibration",
+        "reliability",
         "weights",
         "gate",
         "kinds",
