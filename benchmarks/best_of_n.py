@@ -4,8 +4,8 @@
 
 Four scores of the run choose the best of up to 64 responses to each prompt: the gated one and that
 of the best constant mix, each decorrelated and not. The responses are composed to the test prompts
-of the built-in corpus, where the quality is known, or, with `--lists`, rated ones of a file, of
-which prompts count that the run cannot have been fitted on.
+of the built-in corpus, where the quality is known, or, with `--lists`, rated ones of a file. Of its
+prompts those count that a run fitted on it leaves out; all, with `--unseen`.
 """
 
 import argparse
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--high", type=float, help="highest rating on its scale")
     parser.add_argument("--lower-is-better", action="store_true", help="turn the scale round")
     parser.add_argument("--min-responses", type=int, default=4, help="that a list needs")
+    parser.add_argument("--unseen", action="store_true", help="the run was fitted on other data")
     parser.add_argument("--embeddings", type=Path, help="folder to keep embeddings in")
     parser.add_argument("--quick", action="store_true", help="16 responses to 12 prompts")
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -195,11 +196,10 @@ def main() -> None:
             arguments.high,
             higher_is_better=not arguments.lower_is_better,
         )
-        made_with = read_json(arguments.run / "embeddings" / MANIFEST)["settings"]["data"]
-        lists = held_out(
-            load_rated_lists(arguments.lists, gold=gold, min_responses=arguments.min_responses),
-            test_fraction=made_with["test_fraction"],
-        )
+        lists = load_rated_lists(arguments.lists, gold=gold, min_responses=arguments.min_responses)
+        if not arguments.unseen:
+            made_with = read_json(arguments.run / "embeddings" / MANIFEST)["settings"]["data"]
+            lists = held_out(lists, test_fraction=made_with["test_fraction"])
     backbone = ArmoRewardModel.from_pretrained(arguments.run / "model").backbone
     with tempfile.TemporaryDirectory() as scratch:
         embedded = embed_lists(
