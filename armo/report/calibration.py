@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from armo.report.metrics import Interval
+from armo.report.metrics import Interval, resampled
 from armo.report.tables import Table
 
 __all__ = ["Calibration", "ReliabilityBin", "calibration_error", "calibration_tables"]
@@ -111,14 +111,9 @@ def calibration_error(
     rows, predicted, right = sums.sum(0).T
     error = float((predicted - right).abs().sum() / len(folded))
     gaps = (predicted - right) / rows
-    generator = torch.Generator().manual_seed(seed)
-    found = torch.empty(2, draws, dtype=torch.float64)
-    for k in range(draws):
-        drawn = torch.randint(count, (count,), generator=generator)
-        often = torch.bincount(drawn, minlength=count).double()
-        again = torch.einsum("g,gbv->vb", often, sums)
-        off = again[1] - again[2]
-        found[:, k] = torch.stack([off, off - gaps * again[0]]).abs().sum(1) / again[0].sum()
+    again = resampled(sums.flatten(1), seed=seed, draws=draws).view(draws, used, 3)
+    drawn, off = again[:, :, 0], again[:, :, 1] - again[:, :, 2]
+    found = torch.stack([off, off - gaps * drawn]).abs().sum(2) / drawn.sum(1)
     sides = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = (error + found[0].quantile(sides) - found[0].mean()).tolist()
     null = Interval(float(found[1].mean()), *found[1].quantile(sides).tolist())

@@ -19,6 +19,7 @@ __all__ = [
     "pairwise_accuracy",
     "percentile_intervals",
     "rank_correlation",
+    "resampled",
     "resampled_counts",
     "within_prompt_correlation",
 ]
@@ -141,7 +142,7 @@ def bootstrap_estimates(
         own = (own / units) @ coefficients.T
         return gained.masked_fill(empty[..., None], torch.nan), own.masked_fill(empty, torch.nan)
 
-    gains, own = lines(_resampled(sums, seed=seed, draws=draws))
+    gains, own = lines(resampled(sums, seed=seed, draws=draws))
     [gain], [mean] = lines(sums.sum(0, keepdim=True))
     kept = (~gains.isnan()).sum(0)
     zero = 1e-12 * float(filled.abs().max())  # below it, rounding
@@ -230,7 +231,7 @@ def bootstrap_correlation(
     """
     x, y = standard_ranks(first), standard_ranks(second)
     moments = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], dim=1)
-    drawn = _resampled(_cluster_sums(moments, groups) / len(x), seed=seed, draws=draws)
+    drawn = resampled(_cluster_sums(moments, groups) / len(x), seed=seed, draws=draws)
     n, sx, sy, xx, yy, xy = drawn.T
     spread = ((xx - sx * sx / n) * (yy - sy * sy / n)).clamp(min=0.0).sqrt()
     varies = spread > 1e-12 / len(x)
@@ -274,10 +275,10 @@ def _cluster_sums(
     return sums.index_add_(0, cluster, columns)
 
 
-def _resampled(
+def resampled(
     sums: Float[Tensor, "clusters columns"], *, seed: int, draws: int
 ) -> Float[Tensor, "draws columns"]:
-    """Sums over the clusters of each resample."""
+    """Sums over the clusters of each resample, drawn as many as there are with replacement."""
     return torch.cat(
         [counts @ sums for counts in resampled_counts(len(sums), seed=seed, draws=draws)]
     )
