@@ -1905,7 +1905,8 @@ def test_the_benchmark_of_calibration_judges_every_pair_by_parts_that_never_saw_
     )
     assert done.returncode == 0, done.stderr
     assert "Expected calibration error" in done.stdout
-    figures = read_json(tmp_path / "calibration.json")
+    found = read_json(tmp_path / "calibration.json")
+    figures = found["calibration"]
     assert list(figures) == ["all pairs", "train side", "test side"]
     tables = EmbeddedData.load(trained[0] / "embeddings").tables
     sides = [int(side.sum()) for side in (tables.pairs_train, tables.pairs_test)]
@@ -1914,6 +1915,9 @@ def test_the_benchmark_of_calibration_judges_every_pair_by_parts_that_never_saw_
         assert row["from"] <= row["error"] <= row["to"]
         assert 0.0 < row["by chance"] <= row["up to"]
         assert math.isfinite(row["slope"])
+    for row in found["kinds"]:
+        assert row["too sure by"] == pytest.approx(row["predicted"] - row["observed"])
+    assert sum(row["pairs"] for row in found["kinds"]) == sum(sides)
     assert {stage: state_of(trained[0], stage) for stage in STAGES} == before
 
 

@@ -521,6 +521,8 @@ class ArmoRewardModel(EmbeddingScorer):
     ) -> RewardOutput:
         if scale not in get_args(Scale):
             raise ValueError(f"`scale` must be {' or '.join(get_args(Scale))}, got {scale!r}.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         limits = limits_of(self.objectives, thresholds or {})
         prompts, responses, truncated = embed_conversations(
             self.backbone, conversations, batch_size=batch_size, along=along

@@ -155,6 +155,12 @@ def test_responses_to_one_prompt_share_their_gating_weights_and_prompts_do_not(o
     assert not torch.allclose(out.gating_weights[0], out.gating_weights[2], atol=1e-3)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_no_conversations_is_refused(model, batch_size):
+    with pytest.raises(ValueError, match=f"`batch_size` must be at least 1, got {batch_size}"):
+        model.score(CONVERSATIONS, batch_size=batch_size)
+
+
 def test_scores_do_not_depend_on_the_batch_size(model, out):
     alone = model.score(CONVERSATIONS, batch_size=1)
     assert_same(alone, model.score(CONVERSATIONS, batch_size=64), atol=1e-5, rtol=0)
