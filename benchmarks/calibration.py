@@ -13,7 +13,8 @@ import json
 import logging
 import tempfile
 import warnings
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import astuple, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,9 +33,12 @@ from armo.fit.decorrelation import load_transforms
 from armo.fit.heads import deal_folds
 from armo.fit.training import load_gating
 from armo.report.calibration import calibration_error
+from armo.report.metrics import bootstrap_interval
 from armo.report.pages import print_tables
 from armo.report.tables import Table
 from armo.stages import Run, run_decorrelation, run_gating, run_heads
+
+KINDS = 8
 
 
 class Judged(NamedTuple):
@@ -44,6 +48,7 @@ class Judged(NamedTuple):
     preference: Tensor
     groups: Tensor
     test: Tensor
+    kind: Tensor
 
 
 def with_fold(tables: RowTables, held: Tensor) -> RowTables:
@@ -65,12 +70,12 @@ def with_fold(tables: RowTables, held: Tensor) -> RowTables:
     return replace(tables, **changed)
 
 
-def judge(source: Path, folder: Path, held: Tensor) -> Judged:
+def judge(source: Path, embedded: Path, folder: Path, held: Tensor) -> Judged:
     """Fit the stages of a run without some responses, and judge the pairs of these."""
-    whole = EmbeddedData.load(source / "embeddings").tables
+    whole = EmbeddedData.load(embedded).tables
     embeddings = folder / "embeddings"
     embeddings.mkdir()
-    for file in (source / "embeddings").iterdir():
+    for file in embedded.iterdir():
         if file.name not in (ROWS, MANIFEST) and file.is_file():
             (embeddings / file.name).symlink_to(file.resolve())
     tables = with_fold(whole, held)
@@ -104,6 +109,7 @@ def judge(source: Path, folder: Path, held: Tensor) -> Judged:
         tables.pairs_preference[pairs].double(),
         tables.group_of_response[chosen],
         whole.pairs_test[pairs],
+        tables.pairs_category[pairs],
     )
 
 
@@ -134,10 +140,32 @@ def figures_of(judged: Judged) -> dict[str, Any]:
     }
 
 
+def by_kind(judged: Judged, names: Sequence[str]) -> Table:
+    """Whether what holds for all pairs holds for those of one kind of prompt; the largest few."""
+    confident = torch.sigmoid(judged.odds.abs())
+    right = torch.where(judged.odds > 0.0, judged.preference, 1.0 - judged.preference)
+    counts = torch.bincount(judged.kind)
+    rows = []
+    for kind in counts.argsort(descending=True)[:KINDS].tolist():
+        here = judged.kind == kind
+        off = confident[here] - right[here]
+        interval = bootstrap_interval(off, judged.groups[here])
+        means = float(confident[here].mean()), float(right[here].mean())
+        rows.append((names[kind] or "(none)", len(off), *means, *astuple(interval)))
+    return Table(
+        "kinds",
+        "By kind of prompt: how sure, how often right",
+        ("kind", "pairs", "predicted", "observed", "too sure by", "from", "to"),
+        tuple(rows),
+        f"The {len(rows)} kinds with most pairs.",
+    )
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--embeddings", type=Path, help="theirs, if `from_run` read them elsewhere")
     parser.add_argument("--folds", type=int, default=5, help="parts of the prompts")
     parser.add_argument("--seed", type=int, default=0, help="of the folds")
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -145,8 +173,9 @@ def main() -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    tables = EmbeddedData.load(arguments.run / "embeddings").tables
-    groups = tables.group_of_prompt
+    embeddings = arguments.embeddings or arguments.run / "embeddings"
+    data = EmbeddedData.load(embeddings)
+    tables, groups = data.tables, data.tables.group_of_prompt
     fold_of_group = deal_folds(
         groups, folds=arguments.folds, group_count=int(groups.max()) + 1, seed=arguments.seed
     )
@@ -154,7 +183,7 @@ def main() -> None:
     for fold in track(range(arguments.folds), description="folds"):
         with tempfile.TemporaryDirectory(prefix="armo-") as folder:
             held = fold_of_group[tables.group_of_response] == fold
-            parts.append(judge(arguments.run, Path(folder), held))
+            parts.append(judge(arguments.run, embeddings, Path(folder), held))
     everything = Judged(*(torch.cat(values) for values in zip(*parts, strict=True)))
     rows = {"all pairs": figures_of(everything)}
     for name, side in (("train side", ~everything.test), ("test side", everything.test)):
@@ -169,9 +198,14 @@ def main() -> None:
         "intervals over prompts. By chance: what a calibrated model shows on as many, on average "
         "and in 97.5 % of cases. Slope: 1 is calibrated, above 1 surer would be right.",
     )
-    print_tables([table], Console(width=132))
+    kinds = by_kind(everything, data.categories)
+    print_tables([table, kinds], Console(width=132))
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2))
+        found = {
+            "calibration": rows,
+            "kinds": [dict(zip(kinds.columns, row, strict=True)) for row in kinds.rows],
+        }
+        arguments.json.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The package as a user gets it: the built wheel, and what importing it costs."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import armo
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,3 +57,22 @@ def test_importing_armo_loads_neither_training_nor_dataset_libraries():
     code = "import sys, armo; print(*{'datasets', 'lightning', 'hydra'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_the_public_names_are_there_and_lazy():
+    assert set(armo.__all__) == {*armo._MODULES, "__version__"} == set(dir(armo))
+    for name, module in armo._MODULES.items():
+        found = getattr(armo, name)
+        assert found is getattr(sys.modules[module], name)
+        # Aliases of types have no module of their own.
+        assert getattr(found, "__module__", module) in (module, "typing")
+    (guarded,) = [
+        n for n in ast.parse(Path(armo.__file__).read_text()).body if isinstance(n, ast.If)
+    ]
+    for_checkers = {a.name: n.module for n in guarded.body for a in n.names}
+    assert for_checkers == armo._MODULES
+    with pytest.raises(AttributeError, match="module 'armo' has no attribute 'Nothing'"):
+        armo.Nothing  # noqa: B018
+    code = "import sys, armo; print(*sorted(m for m in sys.modules if m.startswith('armo.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["armo.model", "armo.model.registration"]

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import random
 import re
@@ -1894,6 +1895,36 @@ def test_the_benchmark_of_methods_runs_on_a_finished_run(trained, tmp_path):
     assert means["leace, length alone"]["length, within"] < means["none"]["length, within"]
     assert all(0.0 <= figures["accuracy"] <= 1.0 for figures in means.values())
     assert "<svg" in (tmp_path / "methods.svg").read_text()
+
+
+def test_the_benchmark_of_calibration_judges_every_pair_by_parts_that_never_saw_it(
+    trained, tmp_path
+):
+    program = Path(__file__).parents[1] / "benchmarks" / "calibration.py"
+    before = {stage: state_of(trained[0], stage) for stage in STAGES}
+    command = [sys.executable, program, "--run", trained[0], "--folds", "3"]
+    done = subprocess.run(
+        [*command, "--json", tmp_path / "calibration.json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Expected calibration error" in done.stdout
+    found = read_json(tmp_path / "calibration.json")
+    figures = found["calibration"]
+    assert list(figures) == ["all pairs", "train side", "test side"]
+    tables = EmbeddedData.load(trained[0] / "embeddings").tables
+    sides = [int(side.sum()) for side in (tables.pairs_train, tables.pairs_test)]
+    assert [row["pairs"] for row in figures.values()] == [sum(sides), *sides]
+    for row in figures.values():
+        assert row["from"] <= row["error"] <= row["to"]
+        assert 0.0 < row["by chance"] <= row["up to"]
+        assert math.isfinite(row["slope"])
+    for row in found["kinds"]:
+        assert row["too sure by"] == pytest.approx(row["predicted"] - row["observed"])
+    assert sum(row["pairs"] for row in found["kinds"]) == sum(sides)
+    assert {stage: state_of(trained[0], stage) for stage in STAGES} == before
 
 
 # Stages of another run

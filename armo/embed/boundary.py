@@ -29,10 +29,12 @@ _STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 # space to trim and nothing to escape.
 PROBE = "armoprobe"
 
-_REFUSE_SYSTEM = (
-    "{% for m in messages if m['role'] == 'system' %}"
-    "{{ raise_exception('give system text to `score`') }}{% endfor %}"
+# What a template begins with that is to refuse some turns, rather than leave them out.
+_REFUSE = (
+    "{{% for m in {turns} if m['role'] == '{role}' %}}"
+    "{{{{ raise_exception('{reason}') }}}}{{% endfor %}}"
 )
+_LEFT_OUT = "the chat template leaves out a system or tool turn"
 
 
 class BoundaryError(ValueError):
@@ -146,13 +148,18 @@ class ConversationTokenizer:
         """The chat template with its dates pinned, for others to render the same text with.
 
         Where system text has to be folded into a user turn, which a template cannot do for all,
-        it refuses that text instead.
+        it refuses that text instead; and tool or later system turns that it would leave out.
         """
         before = ""
         if "date_string" in self._template:
             before += f"{{% set date_string = '{PINNED_DATE:%d %b %Y}' %}}"
         if not self._takes_system:
-            before += _REFUSE_SYSTEM
+            reason = "give system text to `score`"
+            before += _REFUSE.format(turns="messages", role="system", reason=reason)
+        elif self._leaves_out("system"):
+            before += _REFUSE.format(turns="messages[1:]", role="system", reason=_LEFT_OUT)
+        if self._leaves_out("tool"):
+            before += _REFUSE.format(turns="messages", role="tool", reason=_LEFT_OUT)
         # A line of its own, which is not rendered: templates are trimmed by lines.
         return f"{before}\n{self._template}" if before else self._template
 
@@ -262,6 +269,16 @@ class ConversationTokenizer:
         except BoundaryError:
             return False
 
+    def _leaves_out(self, role: Literal["system", "tool"]) -> bool:
+        """Whether the template passes over a turn of this kind after an answer, without a word."""
+        turns = [Message("user", "Hello."), _answer("Hello."), Message(role, PROBE)]
+        if role == "system":
+            turns.append(Message("user", "Hello."))
+        try:
+            return PROBE not in self._render([*turns, _answer("Hello.")])
+        except BoundaryError:
+            return False
+
     def _check_shown(self, turns: Sequence[Message]) -> None:
         """Refuse a prompt whose tool or later system turns the template passes over."""
         optional = ("system", "tool")
@@ -270,7 +287,7 @@ class ConversationTokenizer:
             return
         marked = [replace(t, content=PROBE) if t.role in optional else t for t in turns]
         if self._render([*marked, _answer("Hello.")]).count(PROBE) < count:
-            raise BoundaryError("the chat template leaves out a system or tool turn")
+            raise BoundaryError(_LEFT_OUT)
 
     def encode(self, texts: list[str]) -> list[Encoding]:
         """Tokenise rendered texts; no special tokens are added."""

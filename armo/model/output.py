@@ -60,7 +60,9 @@ class Comparison:
     """Why one response is preferred to another.
 
     Attributes:
-        probability: That the first response is preferred.
+        probability: That the first response is preferred; with the other one's, one. It was fitted
+            to what judges said of scores under the gate's weights, and is calibrated for these
+            alone: under the caller's own it is no more than the same function of another score.
         score_difference: Score of the first minus score of the second.
         reasons: Difference of contributions per objective, the largest first; they sum to
             the score difference.

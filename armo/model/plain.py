@@ -22,7 +22,8 @@ from transformers import (
 from armo.artifacts import read_json, write_json
 from armo.data.conversation import Conversation
 from armo.embed.boundary import PromptGroup
-from armo.model.pretrained import GOLDEN, parse_messages
+from armo.model.conversations import parse_messages
+from armo.model.pretrained import GOLDEN
 from armo.model.published import (
     SECTION,
     PublishedParts,

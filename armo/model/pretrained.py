@@ -28,7 +28,6 @@ from armo.artifacts import (
     read_tensors,
     replacing,
 )
-from armo.data.conversation import Message
 from armo.data.objectives import ObjectiveSet
 from armo.data.surface import SURFACE_FEATURES, SURFACE_VERSION
 from armo.embed.backbone import Backbone, weights_digest
@@ -440,22 +439,3 @@ def write_tokenizer(backbone: Backbone, folder: Path, *, measures: bool) -> dict
                 shutil.copyfile(file, whole)
             digests[file.name] = digest_file(file)
     return digests
-
-
-def parse_messages(messages: Sequence[Mapping[str, str] | Message]) -> tuple[Message, ...]:
-    """Turn chat messages, as dicts or `Message`, into messages.
-
-    Raises:
-        ValueError: If one lacks a role or content, or has an unknown role.
-    """
-    parsed = []
-    for k, message in enumerate(messages):
-        if isinstance(message, Message):
-            parsed.append(message)
-            continue
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ValueError(f"message {k} needs `role` and `content`, got {message!r:.80}")
-        if not isinstance(message["content"], str):
-            raise ValueError(f"message {k}: `content` must be text")
-        parsed.append(Message(role=message["role"], content=message["content"]))
-    return tuple(parsed)

@@ -1,12 +1,9 @@
 """The scoring model: conversations in, scores with their reasons out."""
 
 import copy
-import logging
-import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -14,7 +11,7 @@ import torch
 from huggingface_hub import HfApi
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from armo.artifacts import (
     ArtifactError,
@@ -24,20 +21,24 @@ from armo.artifacts import (
     write_tensors,
     write_text,
 )
-from armo.data.conversation import Conversation, Message, Prompt
-from armo.data.objectives import ObjectiveSet
-from armo.data.segments import sentence_ends
-from armo.data.surface import SURFACE_FEATURES, surface_features
-from armo.embed.backbone import Backbone, GroupEmbeddings, load_backbone
-from armo.embed.boundary import PromptGroup
+from armo.data.conversation import Conversation
+from armo.data.surface import surface_features
+from armo.embed.backbone import load_backbone
 from armo.embed.plan import Plan
-from armo.embed.spec import BackboneError
 from armo.fit.decorrelation import RewardTransform
-from armo.fit.gating import GatingNetwork, contributions
-from armo.fit.heads import UNCERTAINTY, ObjectiveHeads, RewardUncertainty
-from armo.fit.judged import apply_links
+from armo.fit.heads import UNCERTAINTY, ObjectiveHeads
+from armo.model.comparison import compare_scored, rating_slopes
 from armo.model.config import ArmoConfig
+from armo.model.conversations import (
+    Messages,
+    beginnings,
+    embed_conversations,
+    parse_conversations,
+    parse_messages,
+    parse_prompt,
+)
 from armo.model.golden import compare_golden, read_golden, write_golden
+from armo.model.options import dtype_name, placement, refuse_options
 from armo.model.output import (
     Comparison,
     RewardModelOutput,
@@ -58,54 +59,21 @@ from armo.model.pretrained import (
     download_folder,
     folder_seal,
     load_folder,
-    parse_messages,
     place_backbone,
     read_uncertainty,
     refuse_own_backbone,
     remove_stale,
     write_tokenizer,
 )
-from armo.model.token_rows import TokenReader
+from armo.model.scales import limits_of, passing, rescale
+from armo.model.scorer import TENSORS, EmbeddingScorer
 from armo.model.tokenizer import ArmoTokenizer
-
-logger = logging.getLogger(__name__)
-
-# Responses that are tokenised and ordered by length together.
-CHUNK_ROWS = 1024
-
-Messages = Sequence[Mapping[str, str] | Message]
-
-# The backbone's model among the modules of this one.
-LANGUAGE_MODEL = "language_model"
-
-# What the auto classes and pipelines of Transformers pass to every model that they load.
-HANDED_DOWN = (
-    "_commit_hash",
-    "_from_auto",
-    "_from_pipeline",
-    "low_cpu_mem_usage",
-    "torch_dtype",
-)
-SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
-
-# How far a row of the transform may be from a multiple of its head, as a share of its length, to
-# count as one: more than rounding, less than any decorrelation that changes anything.
-PARALLEL = 1e-6
-
-_TENSORS = (
-    "rewards",
-    "uncertainty",
-    "adjusted",
-    "gating_weights",
-    "gating_uncertainty",
-    "contributions",
-)
 
 GOLDEN_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest deviation of a golden output, by the dtype that the backbone runs in."""
 
 
-class ArmoRewardModel(PreTrainedModel):
+class ArmoRewardModel(EmbeddingScorer):
     """An interpretable reward model: heads, reward transform and gate over a frozen backbone.
 
     It is a model of Transformers: `AutoModelForSequenceClassification` loads it once armo is
@@ -120,67 +88,6 @@ class ArmoRewardModel(PreTrainedModel):
         out.score, out.rewards, out.gating_weights, out.contributions
         ```
     """
-
-    config_class = ArmoConfig
-    base_model_prefix = LANGUAGE_MODEL
-    main_input_name = "input_ids"
-
-    def __init__(
-        self,
-        *,
-        objectives: ObjectiveSet,
-        backbone: Backbone,
-        heads: ObjectiveHeads,
-        transform: RewardTransform,
-        gate: GatingNetwork,
-        beta: float,
-        uncertainty: RewardUncertainty | None = None,
-    ) -> None:
-        """Join the fitted parts; `uncertainty` is that of the rewards of `heads`.
-
-        Raises:
-            ValueError: If the parts disagree on the objectives or on the embedding's width.
-        """
-        if not objectives.names == heads.objectives == transform.objectives:
-            raise ValueError(
-                f"The parts have other objectives: declared {objectives.names}, heads "
-                f"{heads.objectives}, transform {transform.objectives}."
-            )
-        if heads.weights.shape[1] != backbone.dim:
-            raise ValueError(
-                f"The heads read embeddings of width {heads.weights.shape[1]}, the backbone gives "
-                f"{backbone.dim}."
-            )
-        declared = ModelConfig(
-            objectives, backbone.spec, gate.shape, transform.covariates, heads.links
-        )
-        super().__init__(ArmoConfig(**declared.to_dict()))
-        self.num_labels = 1
-        self.objectives = objectives
-        self.backbone = backbone
-        # Under its own name too, so that it goes where the model goes.
-        self.add_module(LANGUAGE_MODEL, backbone.model)
-        self.rows = TokenReader(backbone.planner)
-        self.folder: Path | None = None
-        self.uncertainty = uncertainty
-        self.covariates = transform.covariates
-        self.links = heads.links
-        self.gate = copy.deepcopy(gate).eval().requires_grad_(False).double()
-        for name, tensor in {
-            "head_weights": heads.weights,
-            "head_intercepts": heads.intercepts,
-            "adjusted_weights": transform.matrix,
-            "adjusted_offset": transform.offset,
-            "adjusted_style": transform.style,
-            "beta": torch.tensor(beta),
-        }.items():
-            self.register_buffer(name, tensor.detach().double())
-        self.head_weights: Tensor
-        self.head_intercepts: Tensor
-        self.adjusted_weights: Tensor
-        self.adjusted_offset: Tensor
-        self.adjusted_style: Tensor
-        self.beta: Tensor
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -223,7 +130,7 @@ class ArmoRewardModel(PreTrainedModel):
             TypeError: If an option is not known.
             ValueError: If both `device` and `device_map` are given.
         """
-        _refuse_options(more)
+        refuse_options(more)
         folder = Path(path).expanduser()
         if not folder.is_dir():
             folder = download_folder(
@@ -236,9 +143,9 @@ class ArmoRewardModel(PreTrainedModel):
         if config is not None:
             attn_implementation = attn_implementation or config._attn_implementation
         declared, gate, tensors = load_folder(folder, config)
-        device, device_map = _placement(device, device_map, auto=bool(more.get("_from_auto")))
+        device, device_map = placement(device, device_map, auto=bool(more.get("_from_auto")))
         spec = declared.backbone
-        if (name := _dtype_name(dtype or more.get("torch_dtype"))) is not None:
+        if (name := dtype_name(dtype or more.get("torch_dtype"))) is not None:
             spec = replace(spec, dtype=name)
         names = declared.objectives.names
         heads = ObjectiveHeads(
@@ -322,7 +229,7 @@ class ArmoRewardModel(PreTrainedModel):
             out = self._read(responses, prompts, measured=measured, weights=None)
         cut = [{k, plan.prompts + k} & plan.truncated for k in range(plan.prompts)]
         truncated = torch.tensor([bool(parts) for parts in cut]) & ~responses.isnan().any(1).cpu()
-        values = [getattr(out, name) for name in _TENSORS]
+        values = [getattr(out, name) for name in TENSORS]
         answer = RewardModelOutput(
             out.score[:, None].float().to(input_ids.device),
             *(value.to(input_ids.device) for value in (*values, truncated)),
@@ -353,25 +260,6 @@ class ArmoRewardModel(PreTrainedModel):
             surface = surface_features(texts or [])
         return plan, self._columns(surface)
 
-    def train(self, mode: bool = True) -> "ArmoRewardModel":
-        """Stay in evaluation mode: a score never depends on dropout."""
-        super().train(False)
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ArmoRewardModel":
-        """Move everything, but cast the backbone alone: rounded heads give equal scores."""
-        exact = {name: tensor.detach() for name, tensor in self._own_tensors().items()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in self._own_tensors().items():
-            if tensor.dtype != exact[name].dtype:
-                tensor.data = exact[name].to(tensor.device)
-        return self
-
-    def _own_tensors(self) -> dict[str, Tensor]:
-        """Heads, transform and gate: all but the backbone's."""
-        tensors: dict[str, Tensor] = self.state_dict(keep_vars=True)
-        return {k: t for k, t in tensors.items() if not k.startswith(f"{LANGUAGE_MODEL}.")}
-
     def score(
         self,
         conversations: Sequence[Messages],
@@ -396,19 +284,12 @@ class ArmoRewardModel(PreTrainedModel):
         Raises:
             ValueError: Naming the conversation that cannot be scored.
         """
-        parsed = []
-        for number, conversation in enumerate(conversations):
-            try:
-                if isinstance(conversation, str | Mapping | Message):
-                    raise ValueError("must be a list of messages")
-                messages = parse_messages(conversation)
-                if not messages or messages[-1].role != "assistant":
-                    raise ValueError("the last message must be the assistant's answer")
-                parsed.append(Conversation(messages[:-1], messages[-1].content))
-            except ValueError as error:
-                raise ValueError(f"conversation {number}: {error}") from None
         return self._score(
-            parsed, weights=weights, scale=scale, thresholds=thresholds, batch_size=batch_size
+            parse_conversations(conversations),
+            weights=weights,
+            scale=scale,
+            thresholds=thresholds,
+            batch_size=batch_size,
         )
 
     def score_responses(
@@ -437,7 +318,7 @@ class ArmoRewardModel(PreTrainedModel):
         """
         if isinstance(responses, str):
             raise ValueError("`responses` must be a list of texts, got one text.")
-        turns = _parse_prompt(prompt)
+        turns = parse_prompt(prompt)
         return self._score(
             [Conversation(turns, response) for response in responses],
             weights=weights,
@@ -474,20 +355,7 @@ class ArmoRewardModel(PreTrainedModel):
             ValueError: If the prompt has no user turn, or a response is empty.
             BackboneError: Naming the segment that cannot be embedded.
         """
-        if by not in get_args(SegmentKind):
-            raise ValueError(f"`by` must be {' or '.join(get_args(SegmentKind))}, got {by!r}.")
-        last = Conversation(_parse_prompt(prompt), response)
-        if by == "sentence":
-            ends = sentence_ends(response)
-            spans = tuple(pairwise((0, *ends)))
-            texts = tuple(response[start:end] for start, end in spans)
-            parts = [Conversation(last.prompt, response[:end]) for end in ends]
-        else:
-            turns = [k for k, m in enumerate(last.prompt) if m.role == "assistant"]
-            parts = [Conversation(last.prompt[:k], last.prompt[k].content) for k in turns]
-            parts.append(last)
-            texts = tuple(part.response for part in parts)
-            spans = tuple((0, len(text)) for text in texts)
+        parts, texts, spans = beginnings(parse_prompt(prompt), response, by=by)
         out = self._score(
             parts, weights=weights, scale=scale, thresholds=None, batch_size=None, along=True
         )
@@ -514,128 +382,12 @@ class ArmoRewardModel(PreTrainedModel):
         Raises:
             ValueError: If the rows have other gating weights: their prompts are not the same.
         """
-        weights = out.gating_weights[a]
-        if bool(((weights - out.gating_weights[b]).abs() > 1e-9).any()):  # not so where NaN
-            raise ValueError(f"rows {a} and {b} have other gating weights: not of one prompt")
-        difference = out.contributions[a] - out.contributions[b]
-        score_difference = float(out.score[a] - out.score[b])
-        order = difference.abs().argsort(descending=True).tolist()
-        changes = {
-            name: abs(score_difference) / weight
-            for name, weight in sorted(
-                zip(out.objectives, weights.tolist(), strict=True), key=lambda item: -item[1]
-            )
-            if weight > 0.0 and not math.isnan(score_difference)
-        }
-        slopes = self._rating_slopes()
-        return Comparison(
-            probability=float(torch.sigmoid(self.beta * score_difference)),
-            score_difference=score_difference,
-            reasons={out.objectives[k]: float(difference[k]) for k in order},
-            changes=changes,
-            rating_changes={n: change * slopes[n] for n, change in changes.items() if n in slopes},
-        )
+        return compare_scored(out, a, b, beta=self.beta, slopes=self._rating_slopes())
 
     def _rating_slopes(self) -> dict[str, float]:
-        """Ratings per standard deviation of an adjusted reward that follows its own head alone."""
-        slopes = {}
-        for k, objective in enumerate(self.objectives.objectives):
-            head, adjusted = self.head_weights[k], self.adjusted_weights[k]
-            # The multiple of the head that comes closest to the row of the transform.
-            per_reward = float(head @ adjusted) / max(float(head @ head), 1e-300)
-            apart = float((adjusted - per_reward * head).norm())
-            follows = per_reward > 0.0 and apart <= PARALLEL * float(adjusted.norm())
-            if follows and self.links[k] == "identity":
-                slopes[objective.name] = objective.scale[1] / per_reward
-        return slopes
-
-    @torch.no_grad()
-    def score_embeddings(
-        self,
-        responses: Float[Tensor, "batch dim"],
-        prompts: Float[Tensor, "batch dim"],
-        *,
-        texts: Sequence[str] | None = None,
-        surface: Float[Tensor, "batch covariates"] | None = None,
-        weights: Mapping[str, float] | None = None,
-    ) -> RewardOutput:
-        """Score embeddings, each response beside the embedding of its prompt.
-
-        Args:
-            responses: Embeddings of the responses, each read after its prompt.
-            prompts: Embeddings of the prompts.
-            texts: The responses themselves; needed if the model has `covariates`, the surface
-                features that are measured on them.
-            surface: All surface features of the responses, instead of their texts.
-            weights: As for `score`.
-
-        Raises:
-            ValueError: If the texts are needed and not given, or are not one per response.
-        """
-        measured = None
-        if self.covariates and surface is not None:
-            measured = self._columns(surface)
-        elif self.covariates:
-            if texts is None or len(texts) != len(responses):
-                raise ValueError(
-                    f"`texts` must be the {len(responses)} responses themselves: this model "
-                    f"measures {', '.join(self.covariates)} on them"
-                )
-            measured = self._columns(surface_features(texts))
-        out = self._read(responses, prompts, measured=measured, weights=weights)
-        return replace(out, **{name: getattr(out, name).cpu() for name in ("score", *_TENSORS)})
-
-    def _columns(self, surface: Tensor) -> Tensor:
-        """Pick the surface features that the adjusted rewards are computed from."""
-        if surface.shape[1] != len(SURFACE_FEATURES):
-            raise ValueError(f"`surface` must have {len(SURFACE_FEATURES)} columns.")
-        return surface[:, [SURFACE_FEATURES.index(name) for name in self.covariates]]
-
-    def _read(
-        self,
-        responses: Tensor,
-        prompts: Tensor,
-        *,
-        measured: Tensor | None,
-        weights: Mapping[str, float] | None,
-    ) -> RewardOutput:
-        """Compute scores on the device of the heads, gradients as they are asked for."""
-        device = self.head_weights.device
-        h = responses.to(device, torch.float64)
-        rewards = apply_links(h @ self.head_weights.T + self.head_intercepts, self.links)
-        adjusted = h @ self.adjusted_weights.T + self.adjusted_offset
-        if measured is not None:
-            adjusted = adjusted + measured.to(device, torch.float64) @ self.adjusted_style.T
-        if weights is None:
-            members = self.gate.member_weights(prompts.to(device, torch.float64))
-        else:
-            members = self._fixed_weights(weights).to(device).expand(1, len(h), -1)
-        # A response that was skipped has no score, and so no weights either.
-        skipped = h.isnan().any(dim=1)[:, None]
-        members = members.masked_fill(skipped, torch.nan)
-        gating_weights = members.mean(0)
-        parts = contributions(gating_weights, adjusted)
-        return RewardOutput(
-            objectives=self.objectives.names,
-            score=parts.sum(dim=1),
-            rewards=rewards,
-            uncertainty=self._deviations(h).to(device),
-            adjusted=adjusted,
-            gating_weights=gating_weights,
-            # Of equal members too, the root has no slope at zero that could be computed.
-            gating_uncertainty=(members - gating_weights).detach().square().mean(0).sqrt(),
-            contributions=parts,
-            truncated=torch.zeros(len(parts), dtype=torch.bool),
-            passes=torch.ones(len(parts), dtype=torch.bool),
-            ranges=((0.0, 1.0),) * len(self.objectives.names),
-            higher_is_better=(True,) * len(self.objectives.names),
+        return rating_slopes(
+            self.objectives, self.links, heads=self.head_weights, adjusted=self.adjusted_weights
         )
-
-    @torch.no_grad()
-    def _deviations(self, responses: Tensor) -> Tensor:
-        if self.uncertainty is None:
-            return responses.new_full((len(responses), len(self.objectives.names)), torch.nan)
-        return self.uncertainty.deviations(responses.detach().cpu())
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -690,7 +442,7 @@ class ArmoRewardModel(PreTrainedModel):
         ]
         remove_stale(folder, written=[*files, *kept])
         # It may have been cast since it was loaded; one of float64 is as good as of float32.
-        dtype = _dtype_name(self.backbone.model.dtype)
+        dtype = dtype_name(self.backbone.model.dtype)
         spec = self.backbone.spec
         config = ModelConfig(
             self.objectives,
@@ -753,7 +505,7 @@ class ArmoRewardModel(PreTrainedModel):
             raise ArtifactError("This model was not loaded from a folder; save and load it first.")
         golden = read_golden(self.folder / GOLDEN, self.objectives.names)
         out = self.score(golden["conversations"])
-        dtype = _dtype_name(self.backbone.model.dtype) or "float32"
+        dtype = dtype_name(self.backbone.model.dtype) or "float32"
         tolerance = GOLDEN_TOLERANCE.get(dtype, GOLDEN_TOLERANCE["float32"])
         return compare_golden(self.folder, golden, out, beta=float(self.beta), tolerance=tolerance)
 
@@ -769,165 +521,16 @@ class ArmoRewardModel(PreTrainedModel):
     ) -> RewardOutput:
         if scale not in get_args(Scale):
             raise ValueError(f"`scale` must be {' or '.join(get_args(Scale))}, got {scale!r}.")
-        limits = self._limits(thresholds or {})
-        prompts, responses, truncated = self._embed(
-            conversations, batch_size=batch_size, along=along
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        limits = limits_of(self.objectives, thresholds or {})
+        prompts, responses, truncated = embed_conversations(
+            self.backbone, conversations, batch_size=batch_size, along=along
         )
         texts = [conversation.response for conversation in conversations]
         out = self.score_embeddings(responses, prompts, texts=texts, weights=weights)
         out = replace(out, truncated=truncated)
-        return self._pass(self._rescale(out, scale), limits)
-
-    def _rescale(self, out: RewardOutput, scale: Scale) -> RewardOutput:
-        """Put rewards, which are on [0, 1], on another scale."""
-        if scale == "raw":
-            return out
-        declared = self.objectives.objectives
-        if scale == "standard":
-            ranges = ((-math.inf, math.inf),) * len(declared)
-            unknown = torch.full_like(out.uncertainty, torch.nan)
-            return replace(out, rewards=out.adjusted, uncertainty=unknown, ranges=ranges)
-        scales = torch.tensor([o.scale for o in declared], dtype=torch.float64)
-        return replace(
-            out,
-            rewards=scales[:, 0] + scales[:, 1] * out.rewards,
-            uncertainty=scales[:, 1].abs() * out.uncertainty,
-            ranges=tuple((float(o.low), float(o.high)) for o in declared),
-            higher_is_better=tuple(o.higher_is_better for o in declared),
-        )
-
-    def _limits(self, thresholds: Mapping[str, float]) -> dict[int, float]:
-        """Thresholds by column."""
-        if wrong := {n: value for n, value in thresholds.items() if not math.isfinite(value)}:
-            raise ValueError(f"`thresholds` must be finite, got {wrong}.")
-        return {self.objectives.index(name): value for name, value in thresholds.items()}
-
-    @staticmethod
-    def _pass(out: RewardOutput, limits: Mapping[int, float]) -> RewardOutput:
-        passes = torch.ones_like(out.passes)
-        for column, limit in limits.items():
-            values = out.rewards[:, column]
-            passes &= values >= limit if out.higher_is_better[column] else values <= limit
-        return replace(out, passes=passes)
-
-    def _embed(
-        self, conversations: Sequence[Conversation], *, batch_size: int | None, along: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed each distinct text once; return prompts, responses, and what was cut.
-
-        Those that go `along` are beginnings of one conversation, which is read once.
-        """
-        numbers: dict[Prompt, dict[str, int]] = {}
-        for number, conversation in enumerate(conversations):
-            numbers.setdefault(conversation.prompt, {}).setdefault(conversation.response, number)
-        groups = [PromptGroup(prompt, tuple(texts)) for prompt, texts in numbers.items()]
-        chunks = _chunks(groups) if not along else [groups]
-        parts: list[GroupEmbeddings] = []
-        try:
-            if along:
-                parts.append(self.backbone.embed_along(groups))
-            else:
-                parts.extend(self.backbone.embed_chunks(chunks, max_rows=batch_size))
-        except BackboneError as error:
-            if error.group is None:
-                raise
-            group = chunks[len(parts)][error.group]
-            of_prompt = numbers[group.prompt]
-            text = group.responses[error.response or 0]
-            what = "segment" if along else "conversation"
-            named = BackboneError(f"{what} {of_prompt[text]}: {error}")
-            named.group = of_prompt[text]
-            raise named from None
-        places = {
-            prompt: (k, {text: n for n, text in enumerate(texts)})
-            for k, (prompt, texts) in enumerate(numbers.items())
-        }
-        starts = torch.tensor([0, *(len(group.responses) for group in groups)]).cumsum(0).tolist()
-        prompt_rows, response_rows = [], []
-        for conversation in conversations:
-            k, texts = places[conversation.prompt]
-            prompt_rows.append(k)
-            response_rows.append(starts[k] + texts[conversation.response])
-        cut = torch.cat([part.responses.truncated for part in parts])[response_rows]
-        cut |= torch.cat([part.prompts.truncated for part in parts])[prompt_rows]
-        missing = torch.cat([part.responses.missing for part in parts])[response_rows]
-        for what, rows in (("cut, and scored as cut", cut), ("skipped, without a score", missing)):
-            if count := int(rows.sum()):
-                logger.warning(
-                    "%d of %d conversations are longer than the backbone reads: %s",
-                    count,
-                    len(conversations),
-                    what,
-                )
-        return (
-            torch.cat([part.prompts.values for part in parts])[prompt_rows],
-            torch.cat([part.responses.values for part in parts])[response_rows],
-            cut,
-        )
-
-    def _fixed_weights(self, weights: Mapping[str, float]) -> Float[Tensor, " objectives"]:
-        return torch.tensor(self.objectives.mix(weights), dtype=torch.float64)
-
-
-def _chunks(groups: Sequence[PromptGroup]) -> list[list[PromptGroup]]:
-    """Cut groups into chunks of about `CHUNK_ROWS` responses; at least one, if it is empty."""
-    chunks: list[list[PromptGroup]] = [[]]
-    rows = 0
-    for group in groups:
-        if rows >= CHUNK_ROWS:
-            chunks.append([])
-            rows = 0
-        chunks[-1].append(group)
-        rows += len(group.responses)
-    return chunks
-
-
-def _parse_prompt(prompt: Messages | str) -> Prompt:
-    if isinstance(prompt, str):
-        return (Message(role="user", content=prompt),)
-    return parse_messages(prompt)
-
-
-def _refuse_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that change something, other than those that the auto classes hand down."""
-    handed = dict(options)
-    if handed.get("use_safetensors") is True:  # nothing else is ever read
-        del handed["use_safetensors"]
-    if handed.get("_from_auto") and {*(handed.get("adapter_kwargs") or {})} <= {
-        "token",
-        "revision",
-    }:
-        handed.pop("adapter_kwargs", None)  # where peft is installed
-    unknown = [
-        name
-        for name, value in handed.items()
-        if name not in HANDED_DOWN and value is not None and value is not False and value != {}
-    ]
-    if unknown:
-        raise TypeError(f"`from_pretrained` does not take {', '.join(unknown)}")
-
-
-def _placement(device: str, device_map: Any, *, auto: bool) -> tuple[str, Any]:
-    """Tell a single device from a map of several.
-
-    Raises:
-        ValueError: If both are given.
-    """
-    if device != "auto" and device_map is not None:
-        raise ValueError("give `device` or `device_map`, not both")
-    if isinstance(device_map, Mapping) and set(device_map) == {""}:
-        device_map = device_map[""]
-    if device_map is None:
-        return ("cpu" if auto and device == "auto" else device), None
-    if isinstance(device_map, int) and not isinstance(device_map, bool):
-        return f"cuda:{device_map}", None
-    if isinstance(device_map, Mapping) or device_map in SPREADING:
-        return device, device_map
-    return str(device_map), None
-
-
-def _dtype_name(dtype: Any) -> str | None:
-    return None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+        return passing(rescale(out, self.objectives, scale=scale), limits)
 
 
 AutoModelForSequenceClassification.register(ArmoConfig, ArmoRewardModel, exist_ok=True)

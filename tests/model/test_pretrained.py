@@ -17,7 +17,8 @@ from armo.artifacts import ArtifactError
 from armo.data.conversation import Message
 from armo.data.surface import SURFACE_VERSION
 from armo.embed.backbone import Backbone, BackboneError
-from armo.model.pretrained import FORMAT, ModelConfig, folder_seal, parse_messages
+from armo.model.conversations import parse_messages
+from armo.model.pretrained import FORMAT, ModelConfig, folder_seal
 from armo.model.reward_model import ArmoRewardModel
 
 FIELDS = ("score", "rewards", "adjusted", "gating_weights", "contributions")

@@ -155,6 +155,12 @@ def test_responses_to_one_prompt_share_their_gating_weights_and_prompts_do_not(o
     assert not torch.allclose(out.gating_weights[0], out.gating_weights[2], atol=1e-3)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_no_conversations_is_refused(model, batch_size):
+    with pytest.raises(ValueError, match=f"`batch_size` must be at least 1, got {batch_size}"):
+        model.score(CONVERSATIONS, batch_size=batch_size)
+
+
 def test_scores_do_not_depend_on_the_batch_size(model, out):
     alone = model.score(CONVERSATIONS, batch_size=1)
     assert_same(alone, model.score(CONVERSATIONS, batch_size=64), atol=1e-5, rtol=0)
@@ -496,7 +502,7 @@ def test_a_conversation_that_is_too_long_is_named_by_its_number(model):
 
 
 def test_a_conversation_of_a_later_chunk_is_named_by_its_number(model, monkeypatch):
-    monkeypatch.setattr("armo.model.reward_model.CHUNK_ROWS", 2)
+    monkeypatch.setattr("armo.model.conversations.CHUNK_ROWS", 2)
     conversations = [conversation(f"Is {k} safe?", "Yes.") for k in range(7)]
     with pytest.raises(BackboneError, match=r"^conversation 7: the response has"):
         with_spec(model, on_overlong="error").score([*conversations, SKIPPED[1], SKIPPED[0]])
@@ -535,7 +541,7 @@ def test_any_order_of_prompts_and_responses_is_kept(encoder, numbers):
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 3])
 def test_scores_do_not_depend_on_the_chunks(model, out, monkeypatch, chunk_rows):
-    monkeypatch.setattr("armo.model.reward_model.CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr("armo.model.conversations.CHUNK_ROWS", chunk_rows)
     assert_same(model.score(CONVERSATIONS), out, atol=1e-5, rtol=0)
     assert model.score([]).truncated.shape == (0,)
 

@@ -580,6 +580,66 @@ def test_the_tokenizer_of_the_folder_renders_what_score_reads(name, tmp_path):
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
+ASKED = [("user", "What is the time?"), ("assistant", "I look it up.")]
+MORE = {
+    "tool": [*ASKED, ("tool", "07:00"), ("assistant", "It is seven.")],
+    "tool, asked again": [*ASKED, ("tool", "07:00"), ("user", "And?"), ("assistant", "Seven.")],
+    "system": [*ASKED, ("system", "Be brief."), ("user", "And?"), ("assistant", "Seven.")],
+}
+SHOWN = (
+    "{% for m in messages %}{% if WHEN %}<|start_header_id|>{{ m.role }}: {{ m.content }}"
+    "{% endif %}{% endfor %}"
+)
+LEAVING_OUT = {
+    "tool": SHOWN.replace("WHEN", "m.role != 'tool'"),
+    "system": SHOWN.replace("WHEN", "m.role != 'system' or loop.first"),
+}
+
+
+def rendered(tokenizer, turns):
+    return tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns], tokenize=False
+    )
+
+
+def refusal(call):
+    try:
+        call()
+    except (BackboneError, TemplateError) as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("turns", MORE.values(), ids=MORE)
+@pytest.mark.parametrize("name", [*RENDERED, *(f"leaves out {role}" for role in LEAVING_OUT)])
+def test_turns_that_score_refuses_the_tokenizer_of_the_folder_refuses_too(name, turns, tmp_path):
+    role = name.removeprefix("leaves out ")
+    tokenizer = copy.deepcopy(RENDERED.get(name, RENDERED["llama3"]))
+    if role in LEAVING_OUT:
+        tokenizer.chat_template = LEAVING_OUT[role]
+    spec = BackboneSpec("a family", max_tokens=256, max_prompt_tokens=128)
+    model = make_model(Backbone(spec, model=build("llama"), tokenizer=tokenizer))
+    model.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": role, "content": content} for role, content in turns]
+    by_score = refusal(lambda: model.score([messages]))
+    by_tokenizer = refusal(lambda: rendered(saved, turns))
+    left_out = turns[2][0] == role or (name, turns[2][0]) == ("phi3", "tool")
+    if by_score is None:
+        assert not left_out
+        assert turns[2][1] in rendered(saved, turns)
+    else:
+        assert by_tokenizer is not None
+        # Where system text is folded, the tokenizer refuses all of it.
+        assert by_tokenizer in by_score or by_tokenizer == "give system text to `score`"
+        assert "\n" not in by_tokenizer + by_score
+    if left_out:
+        # The template itself would have written the rest.
+        assert turns[2][1] not in rendered(tokenizer, turns)
+        assert by_tokenizer == "the chat template leaves out a system or tool turn"
+        rendered(saved, [("system", "Be honest."), *ASKED] if role in LEAVING_OUT else ASKED)
+
+
 def test_a_row_that_is_skipped_has_no_value_by_either_way(encoder):
     spec = dataclasses.replace(encoder.spec, on_overlong="skip")
     model = make_model(Backbone(spec, model=encoder.model, tokenizer=encoder.tokenizer))
