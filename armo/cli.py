@@ -318,8 +318,10 @@ def evaluate(cfg: DictConfig) -> None:
             "or lists, data/benchmark=pairs data.benchmark.path=..."
         )
     built = _build(cfg.data.benchmark)
+    best_of_n = cfg.data.best_of_n
     sets = TestSets(
-        (built,) if isinstance(built, Benchmark) else tuple(built), rated=_build(cfg.data.best_of_n)
+        (built,) if isinstance(built, Benchmark) else tuple(built),
+        rated=None if best_of_n._target_ is None else _build(best_of_n),
     )
     if cfg.probes:
         sets = replace(sets, probes=probe_lists(sets.judged, most=cfg.probes, seed=cfg.seed))
