@@ -18,6 +18,7 @@ test: .venv/.test
 
 # Execute the notebooks again and save their outputs.
 notebooks: .venv/.test
+	$(BIN)/armo train experiment=demo
 	$(BIN)/python notebooks/execute.py
 
 # Write the built-in corpus again after a change of its pieces or of the program.

@@ -363,6 +363,40 @@ def test_a_malformed_table_is_named_by_file_and_row(write, text, words):
         list(read_rows(Path(path)))
 
 
+def rows_or_error(read):
+    try:
+        return [*read()], None
+    except DataError as error:
+        return [], str(error)
+
+
+@given(st.binary() | st.text('a",\r\n\0;é', max_size=40).map(str.encode))
+def test_whatever_a_file_holds_is_rows_or_one_error_that_names_it(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("table") / "mine.csv"
+    path.write_bytes(content)
+    rows, error = rows_or_error(lambda: read_rows(path))
+    assert all(isinstance(cell, str) for _, row in rows for cell in row.values())
+    assert error is None or str(path) in error
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@given(st.fixed_dictionaries({"question": VALUES, "answer": VALUES, "clear": VALUES, "n": VALUES}))
+def test_whatever_a_cell_holds_is_a_row_or_one_error_that_names_it(tmp_path_factory, row):
+    path = tmp_path_factory.mktemp("table") / "mine.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    columns = {"prompt": "question", "response": "answer", "ratings": {"clarity": "clear"}}
+    columns |= {"id": "n", "weight": "clear"}
+    rows, error = rows_or_error(lambda: rated(str(path), columns=columns))
+    assert [loaded.responses for loaded in rows] == [(row["answer"],)][: len(rows)]
+    assert rows if error is None else f"{path}:1: " in error
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 def test_another_encoding_is_an_error_that_says_what_to_do(write, encoding):
     path = write("mine.csv", "question,answer\nCafé?,Olé.\n", encoding=encoding)
