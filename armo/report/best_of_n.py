@@ -16,7 +16,7 @@ from torch import Tensor
 from armo.data.conversation import ResponseList, prompt_group
 from armo.data.surface import MARKS, SURFACE_FEATURES
 from armo.fit.decorrelation import deviate
-from armo.report.metrics import bootstrap_contrasts
+from armo.report.metrics import bootstrap_estimates
 from armo.report.tables import Table
 
 MOST = 64
@@ -199,27 +199,19 @@ def best_of_n_table(
     rivals = torch.stack([torch.zeros_like(length), gold, length])
     winners = best_of_n(torch.cat([scores, rivals]).double(), rows, gold, surface)
     alone = torch.eye(len(winners.sizes), dtype=torch.float64)
+    gold_of = bootstrap_estimates(winners.gold, alone, winners.prompts, seed=seed)
+    shown = (
+        winners.score.mean(1),
+        *(gold_of.mean, gold_of.low, gold_of.high),
+        winners.words.mean(1),
+        winners.marks.mean(1),
+    )
     lines = []
     for k, name in enumerate((*names, *RIVALS)):
-        intervals = bootstrap_contrasts(winners.gold[k], alone, winners.prompts, seed=seed)
-        means = [
-            values[k].mean(0).tolist() for values in (winners.score, winners.words, winners.marks)
-        ]
-        for j, (size, interval) in enumerate(zip(winners.sizes, intervals, strict=True)):
-            score, words, marks = (mean[j] for mean in means)
-            lines.append(
-                (
-                    name,
-                    size,
-                    None if name == "random" else score,
-                    interval.mean,
-                    interval.low,
-                    interval.high,
-                    words,
-                    marks,
-                    kl_of_best(size),
-                )
-            )
+        for j, size in enumerate(winners.sizes):
+            score, *others = (float(values[k, j]) for values in shown)
+            own = None if name == "random" else score
+            lines.append((name, size, own, *others, kl_of_best(size)))
     left_out = [
         f"{count} {what}"
         for count, what in (
