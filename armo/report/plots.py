@@ -218,8 +218,13 @@ def plot_length_bias(table: Table, looks: Looks) -> list[Picture]:
     for place, row in enumerate(table.rows):
         look = looks[row[0]]
         draw_dot(left, place, row[1:4], look)
-        right.plot(row[4:6], [place, place], color=look.colour, linewidth=1.8)
-        for number, shape in ((4, ">"), (5, "<")):
+        # Pairs of one of the two kinds may be missing.
+        shown = [
+            (number, shape) for number, shape in ((4, ">"), (5, "<")) if row[number] is not None
+        ]
+        if len(shown) == 2:
+            right.plot(row[4:6], [place, place], color=look.colour, linewidth=1.8)
+        for number, shape in shown:
             face = look.colour if number == 4 else "white"
             right.plot(row[number], place, shape, color=look.colour, markerfacecolor=face)
     label_rows(left, names, at=0.0)

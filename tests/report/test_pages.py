@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import functools
 import io
 import itertools
@@ -404,3 +405,12 @@ def test_columns_and_tables_of_one_name_are_refused(tmp_path):
 def test_markdown_keeps_the_parts_of_a_total_set_off():
     table = Table("t", "T", ("subset", "x"), (("overall", 1), ("  Chat", 2)))
     assert "| &emsp;Chat | 2 |" in to_markdown([table], title="Report")
+
+
+@pytest.mark.parametrize("columns", [[4], [5], [4, 5], [4, 5, 6, 7, 8]])
+def test_lists_whose_right_response_is_never_the_longer_one_have_a_picture(columns):
+    table = FEW.table("length_bias")
+    rows = tuple(
+        tuple(None if k in columns else value for k, value in enumerate(row)) for row in table.rows
+    )
+    assert "<svg" in to_html(Evaluation((dataclasses.replace(table, rows=rows),)), title="holes")
