@@ -74,7 +74,7 @@ FILES = {
     "decorrelation": ("decorrelated.safetensors", "undecorrelated.safetensors"),
     "gating": ("gate.safetensors", "gate.json", "undecorrelated.safetensors"),
     "model": ("config.json", "model.safetensors", "golden.json", "README.md"),
-    "report": ("report.json", "report.md", "report.html"),
+    "report": ("report.json", "report.md", "report.html", "tables/rivals.csv"),
 }
 
 

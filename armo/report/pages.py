@@ -124,6 +124,8 @@ def save_pages(evaluation: Evaluation, folder: Path, *, title: str) -> None:
             for table in evaluation.tables
         },
     )
+    for old in (folder / "tables").glob("*.csv"):  # of tables that there may be no more
+        old.unlink()
     for table in evaluation.tables:
         write_text(folder / "tables" / f"{_slug(table.name)}.csv", to_csv(table))
     write_text(folder / "report.md", to_markdown(evaluation.tables, title=title))

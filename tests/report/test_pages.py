@@ -386,6 +386,12 @@ def test_every_table_is_saved_as_csv_under_its_name(tmp_path):
     assert [int(row["pairs"]) for row in read] == table.column("pairs")
 
 
+def test_tables_of_an_earlier_page_go(tmp_path):
+    for table in (RIVALS, KINDS):
+        save_pages(Evaluation((table,)), tmp_path, title="Report")
+    assert [path.name for path in (tmp_path / "tables").iterdir()] == ["kinds.csv"]
+
+
 def test_a_name_with_a_slash_makes_no_folder(tmp_path):
     save_pages(Evaluation((Table("a/../b c", "T", ("x",), ((1,),)),)), tmp_path, title="Report")
     assert [path.name for path in (tmp_path / "tables").iterdir()] == ["a-b-c.csv"]
