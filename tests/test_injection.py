@@ -98,10 +98,11 @@ def test_rows_say_what_each_model_does(injection, study, embedded, work):
         # Without added pairs there is nothing of a pattern in the training.
         assert before["accuracy"] == cells["bold", 0.0, model]["accuracy"]
         assert before["change"] == [0.0, 0.0, 0.0]
-    # Half as many biased pairs as unbiased ones bend the probe even of a random backbone.
+    # Biased pairs bend the probe even of a random backbone, a little, and more of them more.
     for pattern in work.patterns:
-        bent, straight = (cells[pattern, share, "probe, plain"]["moved"] for share in (0.5, 0.0))
-        assert bent[1] > straight[2]  # their intervals are apart
+        moved = [cells[pattern, share, "probe, plain"]["moved"][0] for share in work.shares]
+        assert moved == sorted(moved)
+        assert moved[-1] - moved[0] > 0.03
     tables = injection.tables_of(rows, work, base=base)
     assert [table.name for table in tables][:4] == [
         "bold_wins",
