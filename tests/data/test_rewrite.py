@@ -227,6 +227,26 @@ def test_code_alone_offers_no_place_but_around_it(pattern):
     assert added is None or CODE in added
 
 
+FORMULAS = (
+    "\\[\n\\text{Number of students. Then} = 2x\n\\]",
+    "\\( \\text{Number of students} = n! \\cdot 2 \\)",
+    "$\\text{Number of students. Then} = n! \\cdot 2$",
+    "$$\n\\text{Number. Of students} + n! \\ldots\n$$",
+)
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+def test_formulas_are_kept(pattern, formula):
+    text = f"They cost $5 and $10 now. So {formula} holds. It is shown here."
+    for seed in range(8):
+        added = add_pattern(text, pattern, seed=seed)
+        lines = None if added is None else added.replace("\n  ", "\n")  # of items
+        assert lines is None or formula in lines
+    removed = remove_pattern(f"**Now!** {text}", pattern)
+    assert removed is None or formula in removed
+
+
 @pytest.mark.parametrize("pattern", ["length", "affirmative", "heading"])
 def test_english_is_not_put_into_text_of_another_script(pattern):
     assert add_pattern("Это первое предложение. Потом второе.", pattern) is None
