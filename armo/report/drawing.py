@@ -383,10 +383,11 @@ def draw_heat(axes: Axes, names: Sequence[str], pairs: Sequence[tuple[int, int, 
     columns = range(0, count - 1, 1 if count <= 12 else 2)  # room for two digits
     axes.set_xticks([k + 0.5 for k in columns], [str(k + 1) for k in columns], fontsize=8)
     labels = [f"{shorten(name, 24)}  {k + 1}" for k, name in enumerate(names)]
-    axes.set_yticks([k + 0.5 for k in range(1, count)], labels[1:], fontsize=8 if count > 8 else 9)
-    # The first row and the last column of a triangle without its diagonal are empty.
+    axes.set_yticks([k + 0.5 for k in range(count)], labels, fontsize=8 if count > 8 else 9)
+    # The last column of a triangle without its diagonal is empty; so is the first row, which says
+    # whose column the first one is.
     axes.set_xlim(0, count - 1)
-    axes.set_ylim(count, 1)
+    axes.set_ylim(count, 0)
     axes.grid(visible=False)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
