@@ -5,8 +5,6 @@ JSON Lines, JSON or Parquet, or what `datasets` saved with `save_to_disk`. How t
 in `armo.report.benchmarks`.
 """
 
-import gzip
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +15,10 @@ from typing import Any
 
 from armo.data.checks import GroupSplits
 from armo.data.conversation import Message, PreferencePair, Prompt, ResponseList
+from armo.data.published import PublishedRow, open_rows, read_messages, split_files
 from armo.data.sources import (
     BUILTIN,
     BUILTIN_FILES,
-    SUFFIXES,
     DataError,
     Paths,
     data_files,
@@ -30,9 +28,6 @@ from armo.data.sources import (
 )
 
 logger = logging.getLogger(__name__)
-
-FILES = (*SUFFIXES, ".json", ".json.gz")
-NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 # Sections of RewardBench, their subsets and how many rows each has.
 REWARD_BENCH: dict[str, dict[str, int]] = {
@@ -130,12 +125,12 @@ def load_reward_bench(
         DataError: If the hub cannot be reached, or naming file, row and field, at the first row
             that cannot be used. Rows with an empty text are left out and counted.
     """
-    sources = [_source(path, splits=("filtered",), revision=revision)]
+    sources = [open_rows(path, splits=("filtered",), revision=revision, streaming=False)]
     if prior_sets is not None:
         named = [
-            _numbered(_source(prior_sets, splits=(name,), revision=prior_sets_revision), name)
+            _numbered(prior_sets, name, revision=prior_sets_revision)
             for name in PRIOR_SETS
-            if not Path(prior_sets).is_dir() or _split_files(Path(prior_sets), (name,))
+            if not Path(prior_sets).is_dir() or split_files(Path(prior_sets), (name,))
         ]
         if not named:
             raise DataError(f"{prior_sets}: no file is named after {', '.join(PRIOR_SETS)}")
@@ -171,7 +166,7 @@ def load_reward_bench_2(
     path: str = "allenai/reward-bench-2", *, revision: str | None = None
 ) -> Benchmark:
     """Load RewardBench 2, its split `test`; arguments and errors as of `load_reward_bench`."""
-    source = _source(path, splits=("test",), revision=revision)
+    source = open_rows(path, splits=("test",), revision=revision, streaming=False)
     rows, notes = _parse(source, reward_bench_2_row, path=path)
     return Benchmark("reward_bench_2", "RewardBench 2", "reward_bench_2", rows, notes)
 
@@ -225,8 +220,14 @@ def load_rm_bench(path: str = "THU-KEG/RM-Bench", *, revision: str | None = None
     Raises:
         DataError: As of `load_reward_bench`.
     """
-    source = _source(path, splits=("train", "total_dataset"), hub=("train",), revision=revision)
-    rows, notes = _parse(source, rm_bench_row, path=path)
+    source = open_rows(
+        path,
+        splits=("train", "total_dataset"),
+        hub=("train",),
+        revision=revision,
+        streaming=False,
+    )
+    rows, notes = _parse(map(_with_domain, source), rm_bench_row, path=path)
     return Benchmark("rm_bench", "RM-Bench", "rm_bench", rows, notes)
 
 
@@ -279,14 +280,14 @@ def load_judge_bench(
     """
     if unknown := set(splits) - set(JUDGE_BENCH_MODELS):
         raise ValueError(f"`splits` knows {', '.join(JUDGE_BENCH_MODELS)}, not {unknown}")
-    parts: dict[str, list[tuple[str, dict[str, Any]]]] = {name: [] for name in splits}
-    for place, row in _source(path, splits=splits, revision=revision):
-        model = str(row.get("response_model"))
+    parts: dict[str, list[PublishedRow]] = {name: [] for name in splits}
+    for row in open_rows(path, splits=splits, revision=revision, streaming=False):
+        model = str(row.fields.get("response_model"))
         name = next((name for name in JUDGE_BENCH_MODELS if model.startswith(name)), None)
         if name is None:
-            raise DataError(f"{place}: field `response_model` is {model!r}, of neither split")
+            raise DataError(f"{row.place}: field `response_model` is {model!r}, of neither split")
         if name in parts:
-            parts[name].append((place, row))
+            parts[name].append(row)
     benchmarks = []
     for name, those in parts.items():
         if those:
@@ -437,7 +438,7 @@ def _letters(name: str) -> str:
 
 
 def _parse(
-    source: Iterable[tuple[str, Mapping[str, Any]]],
+    source: Iterable[PublishedRow],
     parse: Callable[[Mapping[str, Any]], ResponseList],
     *,
     path: str,
@@ -446,7 +447,7 @@ def _parse(
     rows: list[ResponseList] = []
     seen: dict[str, int] = {}
     empty = 0
-    for place, raw in source:
+    for place, _, raw in source:
         try:
             row = parse(raw)
         except EmptyTextError as error:
@@ -466,116 +467,17 @@ def _parse(
     return tuple(rows), (f"{empty} rows with an empty text are left out",) if empty else ()
 
 
-def _source(
-    path: str,
-    *,
-    splits: Sequence[str],
-    hub: Sequence[str] | None = None,
-    revision: str | None = None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield rows with their places: of splits of a set on the hub, or of what is on disk.
-
-    Args:
-        path: A file, a folder, or an id on the hub.
-        splits: Beginnings of names of files in a folder; if none is so named, all are read.
-        hub: Names of the splits on the hub, if they differ.
-        revision: On the hub.
-    """
-    location = Path(path).expanduser()
-    if location.is_file():
-        yield from _file_rows(location)
-    elif location.is_dir():
-        if saved := [n for n in ("dataset_dict.json", "state.json") if (location / n).is_file()]:
-            yield from _saved_rows(location, splits, several=saved[0] == "dataset_dict.json")
-            return
-        files = _split_files(location, splits) or _split_files(location, ("",))
-        if not files:
-            raise DataError(f"{location}: no {', '.join(FILES)} file in this folder")
-        for file in files:
-            yield from _file_rows(file)
-    elif path.endswith(FILES) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise DataError(f"No such file or folder: {path}")
-    else:
-        for split in hub or splits:
-            yield from _hub_rows(path, split, revision=revision)
-
-
-def _split_files(folder: Path, splits: Sequence[str]) -> list[Path]:
-    """Files of rows whose names begin with one of the splits, here or in `data/`."""
-    start = re.compile(f"({'|'.join(map(re.escape, splits))})" + r"(?![A-Za-z0-9])" * any(splits))
-    for base in (folder, folder / "data"):
-        files = sorted(base.iterdir()) if base.is_dir() else []
-        files = [f for f in files if f.name.endswith(FILES) and f.name not in NOT_ROWS]
-        if named := [file for file in files if start.match(file.name)]:
-            return named
-    return []
-
-
-def _file_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a file; of JSON that is one array as well. RM-Bench's files may name the domain."""
-    if not file.name.endswith(FILES):
-        raise DataError(f"{file}: needs one of the endings {', '.join(FILES)}")
-    domain = re.fullmatch(r"([a-z-]+)_filtered", file.name.partition(".")[0])
-    given = {"domain": domain[1]} if domain else {}
-    for place, row in _json_rows(file) if _is_array(file) else read_rows(file):
-        yield place, {**given, **row}
-
-
-def _is_array(file: Path) -> bool:
-    if not file.name.endswith((".json", ".json.gz")):
-        return False
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as data:
-        return bool(data.read(64).lstrip().startswith(b"["))
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as data:
-        try:
-            rows = json.load(data)
-        except (ValueError, EOFError, OSError) as error:
-            raise DataError(f"{file}: malformed JSON: {error}") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"{file} row {number}: not a JSON object")
-        yield f"{file} row {number}", row
-
-
-def _saved_rows(
-    folder: Path, splits: Sequence[str], *, several: bool
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    saved: Any = datasets.load_from_disk(str(folder))
-    parts = [saved[name] for name in splits if name in saved] if several else [saved]
-    if not parts:
-        raise DataError(f"{folder}: has splits {', '.join(saved)}, not {', '.join(splits)}")
-    for number, row in enumerate(chain(*parts), start=1):
-        yield f"{folder} row {number}", row
-
-
-def _hub_rows(
-    path: str, split: str, *, revision: str | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(path, split=split, revision=revision)
-    except Exception as error:  # of several libraries below, by what went wrong
-        raise DataError(
-            f"{path}, split {split}: is neither a file or folder here, nor can it be read from the "
-            f"hub ({type(error).__name__}: {' '.join(str(error).split()):.120}); give a local "
-            f"folder with its files as `data.benchmark.path`"
-        ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, split {split}, row {number}", row
-
-
-def _numbered(
-    source: Iterable[tuple[str, dict[str, Any]]], subset: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _numbered(path: str, subset: str, *, revision: str | None) -> Iterator[PublishedRow]:
     """Rows of a prior set, which need no id and may use `subset` for something else."""
-    for number, (place, row) in enumerate(source):
-        yield place, {"id": number, **row, "subset": subset}
+    rows = open_rows(path, splits=(subset,), revision=revision, streaming=False)
+    for number, row in enumerate(rows):
+        yield row._replace(fields={"id": number, **row.fields, "subset": subset})
+
+
+def _with_domain(row: PublishedRow) -> PublishedRow:
+    """Add the domain that RM-Bench's files by domain have in their names."""
+    domain = re.fullmatch(r"([a-z-]+)_filtered/\d+", row.key)
+    return row._replace(fields={"domain": domain[1], **row.fields}) if domain else row
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:
@@ -609,10 +511,6 @@ def _identity(row: Mapping[str, Any], name: str) -> str:
 
 def _prompt(row: Mapping[str, Any], name: str) -> Prompt:
     """Text is one user turn; a list of messages has several."""
-    turns = row.get(name)
-    if not isinstance(turns, list):
+    if not isinstance(row.get(name), list):
         return (Message("user", _text(row, name)),)
-    for k, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-            raise ValueError(f"field `{name}[{k}]` needs `role` and `content`, got {turn!r:.60}")
-    return tuple(Message(turn["role"], turn["content"]) for turn in turns)
+    return read_messages(row[name], name)

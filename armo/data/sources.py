@@ -1,6 +1,7 @@
 """Loading rows: JSON Lines, Parquet or CSV files, native or with a map of their columns."""
 
 import csv
+import glob
 import gzip
 import hashlib
 import importlib.resources
@@ -76,7 +77,8 @@ def stream_ratings(
     have a `weight`, 1 by default. Rows are read as they are asked for.
 
     Args:
-        path: A file, a folder (all its files in name order), a list of them, or `builtin`.
+        path: A file, a folder (all its files in name order), a pattern (`rows/*.jsonl`), a list of
+            them, or `builtin`.
         objectives: The declared objectives; a row may rate any of them.
         undeclared: What to do with a rating on another objective.
         columns: Where the fields stand in rows that are not native; see `ColumnMap`. Then, and in
@@ -139,7 +141,8 @@ def stream_pairs(
     both 1 by default. Rows are read as they are asked for.
 
     Args:
-        path: A file, a folder (all its files in name order), a list of them, or `builtin`.
+        path: A file, a folder (all its files in name order), a pattern (`rows/*.jsonl`), a list of
+            them, or `builtin`.
         objectives: The declared objectives; a row may judge any of them. Without, any objective.
         judges: By objective, the sources or categories whose pairs judge it: the preference of
             such a row is its judgement too, unless the row gives one. `safety` names the
@@ -221,8 +224,8 @@ def stream_lists(
     are asked for.
 
     Args:
-        path: A file, a folder (all its files in name order), a list of them, or `builtin`,
-            the counterfactual pairs.
+        path: A file, a folder (all its files in name order), a pattern (`rows/*.jsonl`), a list of
+            them, or `builtin`, the counterfactual pairs.
         columns: Where the fields stand in rows that are not native; see `ColumnMap`. Then, and in
             CSV files, a row needs no id and no source: its place and its file stand in.
         missing: Cells that say nothing, with `columns` or in CSV files; see `ColumnMap`.
@@ -244,8 +247,8 @@ def stream_ranked_lists(
     """Read response lists to train on: as `stream_lists`, of two or more distinct responses.
 
     Args:
-        path: A file, a folder (all its files in name order), a list of them, or `builtin`,
-            the counterfactual pairs, which tie.
+        path: A file, a folder (all its files in name order), a pattern (`rows/*.jsonl`), a list of
+            them, or `builtin`, the counterfactual pairs, which tie.
         columns: As for `stream_lists`.
         missing: As for `stream_lists`.
 
@@ -341,9 +344,17 @@ def data_files(path: Paths, *, builtin_file: str) -> list[Path]:
             if not location.name.endswith(SUFFIXES):
                 raise DataError(f"{location}: needs one of the endings {', '.join(SUFFIXES)}")
             files.append(location)
+        elif matching := matching_files(entry):
+            files += data_files([str(file) for file in matching], builtin_file=builtin_file)
         else:
             raise DataError(f"No such file or folder: {location}")
     return files
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """Return what matches a pattern such as `rows/*.jsonl`, in order; `**` is any folders."""
+    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    return [Path(file) for file in sorted(found)]
 
 
 def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -218,7 +218,9 @@ def hub(monkeypatch):
 
     sets, asked = {}, []
 
-    def load_dataset(path, *, split, revision):
+    def load_dataset(path, *, split, revision, streaming, name, data_dir):
+        assert not streaming, "benchmarks are read again and again"
+        assert name is data_dir is None
         asked.append((path, split, revision))
         if (path, split) not in sets:
             raise ConnectionError("Couldn't reach the hub\non several lines")
@@ -276,7 +278,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_that_says_what_to_do(hub):
     with pytest.raises(DataError) as error:
         load_rm_bench()
     assert "ConnectionError: Couldn't reach the hub on several lines" in str(error.value)
-    assert "give a local folder with its files as `data.benchmark.path`" in str(error.value)
+    assert "give a local folder with its files as its `path`" in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -1,0 +1,1 @@
+"""Adapters: rows of published sets made native, one function per set."""

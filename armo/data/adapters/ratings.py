@@ -1,0 +1,69 @@
+"""Published sets of rated responses, by the names that `data/ratings=` knows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from armo.data.adapters import helpsteer
+from armo.data.adapters.base import Adapter
+from armo.data.conversation import RatedResponse
+from armo.data.objectives import ObjectiveSet
+from armo.data.sources import DataError, Paths
+
+RATING_SETS: dict[str, Adapter[RatedResponse]] = {
+    adapter.name: adapter
+    for adapter in (
+        helpsteer.HELPSTEER,
+        helpsteer.HELPSTEER2,
+        helpsteer.HELPSTEER2_DISAGREEMENTS,
+        helpsteer.HELPSTEER3,
+    )
+}
+
+
+def stream_adapted_ratings(
+    dataset: str,
+    *,
+    objectives: ObjectiveSet,
+    path: Paths | None = None,
+    revision: str | None = None,
+    splits: Sequence[str] | None = None,
+    streaming: bool = True,
+) -> Iterator[RatedResponse]:
+    """Read rated responses of a published set, as they are asked for.
+
+    Ratings are checked against the declared scales; those on an objective that is not declared are
+    left out, and so are rows without any other. What the adapter drops is counted and logged.
+
+    Args:
+        dataset: Its name here, one of `RATING_SETS`.
+        objectives: The declared objectives, some of the set's among them.
+        path: Id on the hub, or a file, a folder, a pattern, or a list of them, in the published
+            form; the set on the hub, if None.
+        revision: Commit, tag or branch on the hub.
+        splits: Those to read; the training split, if None.
+        streaming: Read from the hub row by row; otherwise `datasets` downloads the set once and
+            keeps it.
+
+    Raises:
+        DataError: Naming file, row and field, at the first row that cannot be used.
+        ValueError: If there is no such set, or none of its objectives is declared.
+    """
+    if dataset not in RATING_SETS:
+        raise ValueError(f"`dataset` is {dataset!r}; there are {', '.join(RATING_SETS)}")
+    adapter = RATING_SETS[dataset]
+    if not set(adapter.objectives) & set(objectives.names):
+        raise ValueError(
+            f"{dataset} rates {', '.join(adapter.objectives)}, none of which is declared; choose "
+            f"`data/objectives={dataset}`, or declare them in a file of your own"
+        )
+    by_name = {objective.name: objective for objective in objectives.objectives}
+    rows = adapter.read(path, revision=revision, splits=splits, streaming=streaming)
+    for place, row in rows:
+        ratings = {name: value for name, value in row.ratings.items() if name in by_name}
+        try:
+            for name, value in ratings.items():
+                by_name[name].to_unit(value)
+        except ValueError as error:
+            raise DataError(f"{place}: {error}") from None
+        if ratings:
+            yield replace(row, ratings=ratings)
