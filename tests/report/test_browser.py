@@ -308,7 +308,8 @@ def test_in_print_tables_are_open_and_nothing_is_wider_than_the_paper(browser, p
         tables = browser.run(
             "[...document.querySelectorAll('table')].map(table => {"
             "const b = table.getBoundingClientRect();"
-            "return [!!table.closest('.wide'), b.x, b.right, b.height, table.rows.length]})"
+            "return [!!table.closest('.wide'), b.x, b.right, "
+            "table.checkVisibility() ? b.height : 0, table.rows.length]})"
         )
         assert len(tables) == len(PAGES[which].tables)
         for turned, left, right, height, rows in tables:
