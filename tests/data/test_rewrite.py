@@ -213,6 +213,7 @@ def test_what_is_left_when_a_pattern_is_taken_out(pattern, text, expected):
         ("emoji", "👍"),
         ("heading", "# 1. First"),
         ("heading", "> # Quoted title"),
+        ("list", "- Run this:\n\n      x = 1"),  # its code would be indented by two more
         ("length", PLAIN),
     ],
 )
