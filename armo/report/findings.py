@@ -66,7 +66,9 @@ def _standings(table: Table) -> str:
             clear = low is not None and high is not None and (low > 0.0 or high < 0.0)
             other = compared if best is first else first
             shown = "" if clear else ", not more than chance would give"
-            text += f", {gain:.3f} ahead of {other[0]} (p = {compared[7]:.3g}{shown})"
+            # Without a p-value where hardly any resample holds a prompt of every subset.
+            chance = "no p-value" if compared[7] is None else f"p = {compared[7]:.3g}"
+            text += f", {gain:.3f} ahead of {other[0]} ({chance}{shown})"
         text += "."
     if nulls:
         null = nulls[0]

@@ -155,3 +155,10 @@ def test_every_sentence_is_one_and_belongs_to_a_table_of_the_page(evaluation):
         assert text.endswith(".")
         assert "None" not in text
         assert "nan" not in text
+
+
+def test_a_lead_without_a_p_value_is_said_to_have_none():
+    second = ("b", 0.9, None, None, 0.1, None, None, None)
+    assert "0.100 ahead of a (no p-value, not more than chance would give)" in standings(
+        FIRST, second, RANDOM
+    )
