@@ -18,7 +18,7 @@ from armo.data.sources import SUFFIXES, DataError, Paths, matching_files, read_r
 
 FILES = (*SUFFIXES, ".json", ".json.gz")
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
-# As sets on the hub call their splits, and files begin.
+# As sets on the hub call their splits.
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev")
 
 
@@ -44,9 +44,9 @@ def open_rows(
 
     Args:
         path: An id on the hub, or a file, a folder, a pattern (`rows/*.jsonl`), or a list of them.
-            Of a folder, the files are read whose names begin with a split
-            (`train-00000-of-00002.parquet`), or that are in a sub-folder of that name; or all, if
-            none has the name of a split.
+            Of a folder, the files are read whose names have a split in them as a word
+            (`train-00000-of-00002.parquet`), or that are in such a sub-folder; or all, if none has
+            the name of any split. What is in the folder itself goes before its `data`.
         splits: Those to read.
         hub: Their names on the hub, if they differ.
         config: Configuration on the hub; in a folder, the sub-folder of that name, if there.
@@ -102,14 +102,13 @@ def split_files(folder: Path, splits: Sequence[str]) -> list[tuple[str, Path]]:
 
     Args:
         folder: The folder.
-        splits: How the names of files, or of the sub-folders they are in, begin.
+        splits: Words in the names of files, or of the sub-folders they are in.
     """
-    start = re.compile(f"({'|'.join(map(re.escape, splits))})(?![A-Za-z0-9])")
     for base in (folder, folder / "data"):
         named = [
             (match[1], file)
             for entry in _sorted_entries(base)
-            if (match := start.match(entry.name))
+            if (match := _word(splits).search(entry.name))
             for file in (_row_files(entry) if entry.is_dir() else [entry])
             if _has_rows(file)
         ]
@@ -177,12 +176,17 @@ def _other_files(folder: Path, splits: Sequence[str]) -> list[tuple[str, Path]]:
     if not files:
         raise DataError(f"{folder}: no {', '.join(FILES)} file in this folder")
     for file in files:
-        if re.match(f"({'|'.join(SPLIT_NAMES)})(?![A-Za-z0-9])", file.name):
+        if _word(SPLIT_NAMES).search(file.name):
             raise DataError(
                 f"{folder}: {file.name} is of another split, and no file is named after "
                 f"{', '.join(splits)}; name the files to read"
             )
     return [(_stem(file), file) for file in files]
+
+
+def _word(names: Sequence[str]) -> re.Pattern[str]:
+    """A pattern of names that letters and digits do not go on: `train` is not in `trainer`."""
+    return re.compile(rf"(?<![A-Za-z0-9])({'|'.join(map(re.escape, names))})(?![A-Za-z0-9])")
 
 
 def _sorted_entries(folder: Path) -> list[Path]:

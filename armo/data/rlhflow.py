@@ -1,7 +1,6 @@
-"""Rows of ArmoRM's own sets, as RLHFlow published them: downloaded folders of Parquet files.
+"""Rows of RLHFlow's "standard" preference sets: downloaded folders of Parquet files.
 
-Its merged ratings have `messages` and a column per objective, with labels that are in [0, 1]
-already. Its "standard" preference sets have two whole conversations, `chosen` and `rejected`.
+They have two whole conversations, `chosen` and `rejected`.
 """
 
 import logging
@@ -14,52 +13,12 @@ from armo.data.conversation import (
     Message,
     PreferencePair,
     Prompt,
-    RatedResponse,
 )
-from armo.data.objectives import Objective, ObjectiveSet
+from armo.data.objectives import ObjectiveSet
+from armo.data.published import read_messages
 from armo.data.sources import BUILTIN_FILES, DataError, Paths, data_files, read_rows
 
 logger = logging.getLogger(__name__)
-
-
-def stream_merged_ratings(path: Paths, *, objectives: ObjectiveSet) -> Iterator[RatedResponse]:
-    """Read `RLHFlow/ArmoRM-Multi-Objective-Data-v0.1`: `messages` and a column per objective.
-
-    Its labels are mapped back to the declared scales, so that rescaling them gives the labels. Rows
-    without a label, and without an answer, are left out and counted.
-
-    Args:
-        path: A file, a folder, or a list of them.
-        objectives: Declared under the names of the columns.
-
-    Raises:
-        DataError: If a declared objective has no column, or a label is not in [0, 1].
-    """
-    dropped = 0
-    for file, number, place, row in _numbered(path):
-        if absent := [name for name in ("messages", *objectives.names) if name not in row]:
-            raise DataError(f"{place}: no column {', '.join(absent)}; there are {', '.join(row)}")
-        try:
-            ratings = {
-                objective.name: _rating(row[objective.name], objective)
-                for objective in objectives.objectives
-                if row[objective.name] is not None
-            }
-            messages = _messages(row["messages"])
-        except ValueError as error:
-            raise DataError(f"{place}: {error}") from None
-        conversation = _conversation(messages)
-        if conversation is None or not ratings:
-            dropped += 1
-            continue
-        yield RatedResponse(
-            id=f"{file.name}:{number}",
-            source=str(row.get("dataset") or next(iter(ratings)).partition("-")[0]),
-            conversation=conversation,
-            ratings=ratings,
-        )
-    if dropped:
-        logger.warning("%s: left out %d rows without a label or an answer", path, dropped)
 
 
 def stream_standard_pairs(
@@ -83,7 +42,7 @@ def stream_standard_pairs(
             raise DataError(f"{place}: no column {', '.join(absent)}; there are {', '.join(row)}")
         try:
             chosen, rejected = [
-                _conversation(_messages(row[name])) for name in ("chosen", "rejected")
+                _conversation(read_messages(row[name], name)) for name in ("chosen", "rejected")
             ]
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
@@ -118,25 +77,6 @@ def _numbered(path: Paths) -> Iterator[tuple[Path, int, str, dict[str, Any]]]:
 def _source(file: Path) -> str:
     """Name the data set: the folder, but for the `data` in which the hub keeps its files."""
     return file.parent.parent.name if file.parent.name == "data" else file.parent.name
-
-
-def _rating(label: Any, objective: Objective) -> float:
-    if isinstance(label, bool):
-        label = float(label)
-    if not isinstance(label, int | float) or not 0.0 <= label <= 1.0:
-        raise ValueError(f"label of {objective.name!r} must be in [0, 1], got {label!r:.60}")
-    return min(max(objective.from_unit(label), objective.low), objective.high)
-
-
-def _messages(value: Any) -> Sequence[Message]:
-    if not isinstance(value, list):
-        raise ValueError(f"a conversation must be a list of messages, got {value!r:.60}")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"a message needs `role` and `content`, got {message!r:.60}")
-        messages.append(Message(message["role"], message["content"]))
-    return messages
 
 
 def _conversation(messages: Sequence[Message]) -> Conversation | None:

@@ -20,7 +20,7 @@ from armo.data.conversation import (
     RatedResponse,
     ResponseList,
 )
-from armo.data.published import PublishedRow, open_rows
+from armo.data.published import PublishedRow, open_rows, read_messages
 from armo.data.sources import DataError, Paths
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Adapter(Generic[RowT]):
         rows: Makes native rows of a published row and an id to begin theirs with. A ValueError
             names the field that is wrong.
         splits: Those that are read.
+        files: Words in the names of files in a folder, where they are called otherwise.
         config: Configuration on the hub.
         folder: Folder of the set in its repository.
         objectives: Those that its rows rate.
@@ -61,6 +62,7 @@ class Adapter(Generic[RowT]):
     columns: tuple[str, ...]
     rows: Callable[[Mapping[str, Any], str], Iterable[RowT | Dropped]]
     splits: tuple[str, ...] = ("train",)
+    files: tuple[str, ...] = ()
     config: str | None = None
     folder: str | None = None
     objectives: tuple[str, ...] = ()
@@ -90,7 +92,8 @@ class Adapter(Generic[RowT]):
         published = self._checked(
             open_rows(
                 path,
-                splits=self.splits if splits is None else splits,
+                splits=(*self.splits, *self.files) if splits is None else splits,
+                hub=self.splits if splits is None else splits,
                 config=self.config,
                 folder=self.folder,
                 revision=revision,
@@ -111,8 +114,8 @@ class Adapter(Generic[RowT]):
             except ValueError as error:
                 raise DataError(f"{row.place}: {error}") from None
         if dropped:
-            reasons = ", ".join(f"{count} for {reason}" for reason, count in dropped.most_common())
-            logger.warning("%s: %d rows, and left out %s", path, kept, reasons)
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
+            logger.warning("%s: %d rows; left out: %s", path, kept, reasons)
         if not kept:
             raise DataError(f"{path}: no rows")
 
@@ -135,6 +138,8 @@ def rated_response(
     prompt: str | Prompt,
     response: str | None,
     ratings: Mapping[str, float | None],
+    *,
+    category: str = "",
 ) -> RatedResponse | Dropped:
     """Make a rated response, or say why there is none.
 
@@ -144,6 +149,7 @@ def rated_response(
         prompt: Messages, or the text of one user turn.
         response: The text that is rated.
         ratings: By objective; None where missing.
+        category: Kind of prompt.
     """
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
     known = {name: rating for name, rating in ratings.items() if rating is not None}
@@ -153,7 +159,7 @@ def rated_response(
         return Dropped("an empty response")
     if not is_prompt(messages):
         return Dropped("a prompt without a user turn at its end")
-    return RatedResponse(id, adapter, Conversation(messages, response), known)
+    return RatedResponse(id, adapter, Conversation(messages, response), known, category)
 
 
 def is_prompt(messages: Prompt) -> bool:
@@ -206,6 +212,56 @@ def listed(row: Mapping[str, Any], name: str) -> list[Any]:
     if value is not None and not isinstance(value, list):
         raise ValueError(f"field `{name}` must be a list, got {value!r:.60}")
     return value or []
+
+
+def objects(row: Mapping[str, Any], name: str, *needed: str) -> list[Mapping[str, Any]]:
+    """Return a list of objects that have some fields, empty if it is null.
+
+    Raises:
+        ValueError: If it is missing or something else.
+    """
+    for k, each in enumerate(listed(row, name)):
+        if not isinstance(each, Mapping) or not set(needed) <= set(each):
+            raise ValueError(f"field `{name}[{k}]` needs {' and '.join(needed)}, got {each!r:.60}")
+    return listed(row, name)
+
+
+def member(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return an object, empty if it is null or missing.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    value = row.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"field `{name}` must be an object, got {value!r:.60}")
+    return value or {}
+
+
+def rated_sides(
+    adapter: str,
+    id: str,
+    sides: Mapping[str, tuple[Any, Any]],
+    objective: str,
+) -> Iterator[RatedResponse | Dropped]:
+    """Make rated responses of whole conversations that end with them.
+
+    Args:
+        adapter: Name of the set.
+        id: What theirs begin with.
+        sides: By the field that it stands in, a list of messages and its rating.
+        objective: What is rated.
+
+    Raises:
+        ValueError: If a field is no conversation.
+    """
+    for name, (conversation, given) in sides.items():
+        messages = read_messages(conversation, name)
+        if not messages or messages[-1].role != "assistant":
+            yield Dropped("a conversation without an answer")
+            continue
+        prompt, answer = messages[:-1], messages[-1].content
+        yield rated_response(adapter, f"{id}/{name}", prompt, answer, {objective: rating(given)})
 
 
 def _present(row: Mapping[str, Any], name: str) -> Any:

@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from armo.data.adapters import helpsteer
+from armo.data.adapters import argilla, helpsteer, oasst, prometheus, safety, ultrafeedback
+from armo.data.adapters.armorm import ARMORM
 from armo.data.adapters.base import Adapter
 from armo.data.conversation import RatedResponse
-from armo.data.objectives import ObjectiveSet
+from armo.data.objectives import Objective, ObjectiveSet
 from armo.data.sources import DataError, Paths
 
 RATING_SETS: dict[str, Adapter[RatedResponse]] = {
@@ -16,6 +17,19 @@ RATING_SETS: dict[str, Adapter[RatedResponse]] = {
         helpsteer.HELPSTEER2,
         helpsteer.HELPSTEER2_DISAGREEMENTS,
         helpsteer.HELPSTEER3,
+        ultrafeedback.ULTRAFEEDBACK,
+        ultrafeedback.CLEANED,
+        ultrafeedback.BINARIZED,
+        ultrafeedback.CODE_ULTRAFEEDBACK,
+        safety.BEAVERTAILS,
+        safety.PKU_SAFERLHF,
+        safety.WILDGUARDMIX,
+        prometheus.FEEDBACK_COLLECTION,
+        argilla.CAPYBARA,
+        argilla.INTEL_ORCA,
+        argilla.DISTILABEL_MATH,
+        oasst.OASST2,
+        ARMORM,
     )
 }
 
@@ -53,17 +67,29 @@ def stream_adapted_ratings(
     adapter = RATING_SETS[dataset]
     if not set(adapter.objectives) & set(objectives.names):
         raise ValueError(
-            f"{dataset} rates {', '.join(adapter.objectives)}, none of which is declared; choose "
-            f"`data/objectives={dataset}`, or declare them in a file of your own"
+            f"{dataset} rates {', '.join(adapter.objectives)}, none of which is declared in "
+            f"`data.objectives`"
         )
     by_name = {objective.name: objective for objective in objectives.objectives}
     rows = adapter.read(path, revision=revision, splits=splits, streaming=streaming)
     for place, row in rows:
-        ratings = {name: value for name, value in row.ratings.items() if name in by_name}
         try:
-            for name, value in ratings.items():
-                by_name[name].to_unit(value)
+            ratings = {
+                name: _on_scale(value, by_name[name], unit=adapter.unit)
+                for name, value in row.ratings.items()
+                if name in by_name
+            }
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
         if ratings:
             yield replace(row, ratings=ratings)
+
+
+def _on_scale(value: float, objective: Objective, *, unit: bool) -> float:
+    """Return a rating on the declared scale; one on [0, 1] is mapped back to it."""
+    if not unit:
+        objective.to_unit(value)
+        return value
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"label of {objective.name!r} must be in [0, 1], got {value}")
+    return min(max(objective.from_unit(value), objective.low), objective.high)
