@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from armo.model.reward_model import ArmoRewardModel
 from armo.serve.completions import Turns
-from armo.serve.rewards import FLOOR, Rewards
+from armo.serve.rewards import LIMIT, Rewards
 
 # Stand in for turns, to see what a template writes around them.
 MARKS = tuple(f"armoturn{number}" for number in range(4))
@@ -80,7 +80,7 @@ class OpenRLHFReward:
         model: ArmoRewardModel | str | Path,
         *,
         policy: str | PreTrainedTokenizerBase,
-        floor: float = FLOOR,
+        limit: float = LIMIT,
     ) -> None:
         """Make the reward function of a model.
 
@@ -88,9 +88,9 @@ class OpenRLHFReward:
             model: As for `Rewards`.
             policy: Tokenizer of the policy, or its folder or hub id. Prompts that its chat template
                 rendered (`--data.apply_chat_template`) are taken apart; others are one user turn.
-            floor: As for `Rewards`.
+            limit: As for `Rewards`.
         """
-        self.rewards = Rewards(model, floor=floor)
+        self.rewards = Rewards(model, limit=limit)
         if isinstance(policy, str):
             policy = AutoTokenizer.from_pretrained(policy)
         self._rendered = RenderedPrompts(policy)

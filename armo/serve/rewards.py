@@ -21,8 +21,8 @@ from armo.serve.completions import ControlText, Turns, parse_completion
 
 LogMetric = Callable[[str, float], Any]
 
-FLOOR = -5.0
-"""No reward is lower, in standard deviations. Of the built-in pairs, none scores below it."""
+LIMIT = 5.0
+"""No reward is further from the mean, in standard deviations."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -31,9 +31,9 @@ class BatchRewards:
 
     Attributes:
         out: What the model says; NaN where there is no score.
-        score: The score, and the floor where there is none or a lower one.
-        adjusted: The adjusted reward of each objective, likewise. Bias objectives have no bad end:
-            theirs have no floor, and are 0, the mean, where there is no score.
+        score: The score, clipped to the limit either way; its low end where there is none.
+        adjusted: The adjusted reward of each objective, likewise; but bias objectives have no bad
+            end, and are 0, the mean, where there is no score.
         unscorable: Completions without a score: empty, no Unicode, or refused by the backbone.
         disarmed: Completions that spell control text of the backbone, and were scored as if they
             only talked about it.
@@ -51,7 +51,7 @@ class BatchRewards:
             "unscorable": self.unscorable,
             "truncated": self.out.truncated,
             "control_text": self.disarmed,
-            "below_floor": self.score > self.out.score,  # not so where NaN
+            "clipped": (self.score - self.out.score).abs() > 0.0,  # not so where NaN
         }
         named = {f"armo/{name}": float(values.double().mean()) for name, values in means.items()}
         scored = ~self.unscorable
@@ -133,8 +133,11 @@ class Rewards:
     A policy finds what a reward function does with odd completions, so none pays:
 
     - Without a score (empty, no Unicode, too long where the backbone is set to skip or refuse) a
-      completion gets the `floor`, and no other gets less: otherwise saying nothing would be better
-      than a bad answer. None, which the trainer would read as 0, the mean, is never returned.
+      completion gets the lowest reward, `-limit`, and no other gets less: otherwise saying nothing
+      would be better than a bad answer. None, which the trainer would read as 0, the mean, is never
+      returned.
+    - No completion gets more than `limit`: heads are linear, and text unlike what they were trained
+      on can be many standard deviations away. The share is logged, by the score.
     - A completion that is cut is scored as cut; the share is logged.
     - Control text of the backbone's own template is read as words, not as further turns.
     - Gating weights are those of the prompt in the data, whatever the policy writes. All responses
@@ -150,27 +153,27 @@ class Rewards:
 
     Attributes:
         model: The scoring model.
-        floor: The lowest reward, in standard deviations.
+        limit: The largest reward, in standard deviations; less it, the lowest.
         score: The reward function that gives the score.
     """
 
-    def __init__(self, model: ArmoRewardModel | str | Path, *, floor: float = FLOOR) -> None:
+    def __init__(self, model: ArmoRewardModel | str | Path, *, limit: float = LIMIT) -> None:
         """Make reward functions of a model, or of the folder of one.
 
         Args:
             model: Load it by `ArmoRewardModel.from_pretrained(path, device=...)` to choose its
                 device, one of its own for each process.
-            floor: What the worst completions get, in standard deviations; below zero, the mean.
+            limit: How far a reward may be from the mean, in standard deviations.
 
         Raises:
-            ValueError: If `floor` is not below zero, or not finite.
+            ValueError: If `limit` is not positive, or not finite.
         """
-        if not -math.inf < floor < 0.0:
-            raise ValueError(f"`floor` must be a finite number below zero, got {floor}.")
+        if not 0.0 < limit < math.inf:
+            raise ValueError(f"`limit` must be a finite number above zero, got {limit}.")
         if not isinstance(model, ArmoRewardModel):
             model = ArmoRewardModel.from_pretrained(model)
         self.model = model
-        self.floor = floor
+        self.limit = limit
         self.score = RewardFunction(self, None)
         self._control = ControlText(model.backbone.tokenizer)
         self._desk = _Desk()
@@ -269,7 +272,7 @@ class Rewards:
             if wrong := sorted(number for number in errors if start <= number < end):
                 call.error = ValueError(f"row {wrong[0] - start}: {errors[wrong[0]]}")
             else:
-                call.rewards = self._floored(_cut(out, start, end))
+                call.rewards = self._clipped(_cut(out, start, end))
                 with self._desk.lock:
                     self._desk.last = call
             start = end
@@ -293,14 +296,15 @@ class Rewards:
         second, late = self._read(rows[half:])
         return _joined(first, second), early | {k + half: error for k, error in late.items()}
 
-    def _floored(self, out: RewardOutput) -> BatchRewards:
-        unscorable = out.score.isnan()
+    def _clipped(self, out: RewardOutput) -> BatchRewards:
         bias = torch.tensor([o.bias for o in self.model.objectives.objectives])
-        floored = out.adjusted.nan_to_num(nan=self.floor).clamp(min=self.floor)
+        worst = torch.where(bias, 0.0, -self.limit).double()
+        unscorable = out.score.isnan()
+        adjusted = torch.where(unscorable[:, None], worst, out.adjusted)
         return BatchRewards(
             out=out,
-            score=out.score.nan_to_num(nan=self.floor).clamp(min=self.floor),
-            adjusted=torch.where(bias, out.adjusted.nan_to_num(nan=0.0), floored),
+            score=out.score.nan_to_num(nan=-self.limit).clamp(-self.limit, self.limit),
+            adjusted=adjusted.clamp(-self.limit, self.limit),
             unscorable=unscorable,
             disarmed=torch.zeros_like(unscorable),
         )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from armo.model.reward_model import ArmoRewardModel
-from armo.serve.rewards import FLOOR, Rewards
+from armo.serve.rewards import LIMIT, Rewards
 
 _LOADING = threading.Lock()
 _LOADED: dict[tuple[str, str, float], Rewards] = {}
@@ -26,7 +26,7 @@ def compute_score(
     *,
     model: str,
     device: str = "auto",
-    floor: float = FLOOR,
+    limit: float = LIMIT,
     prompt_key: str = "raw_prompt",
     reward_router_address: str | None = None,
     reward_model_tokenizer: Any = None,
@@ -44,7 +44,7 @@ def compute_score(
             it there; for `dapo` and `gdpo` the column `extra_info` of the data has to hold it.
         model: The model folder; this and the next three come from `reward_kwargs`.
         device: Of the backbone.
-        floor: As for `Rewards`.
+        limit: As for `Rewards`.
         prompt_key: Where in `extra_info` the prompt is: messages, or the text of a user turn.
         reward_router_address: Of verl's own reward model; not used.
         reward_model_tokenizer: Likewise.
@@ -62,17 +62,17 @@ def compute_score(
             f"`extra_info` has no prompt under {prompt_key!r}, but {sorted(extra_info or {})}; use "
             f"the reward manager `naive`, or put the messages into that column of the data"
         )
-    rewards = _rewards(model, device, floor)
+    rewards = _rewards(model, device, limit)
     turns = prompt if isinstance(prompt, str) else list(prompt)
     batch = rewards.rate([turns], [solution_str])
     by_name = zip(batch.out.objectives, batch.adjusted[0].tolist(), strict=True)
     return {**dict(by_name), "score": float(batch.score[0])}
 
 
-def _rewards(model: str, device: str, floor: float) -> Rewards:
-    key = (model, device, floor)
+def _rewards(model: str, device: str, limit: float) -> Rewards:
+    key = (model, device, limit)
     with _LOADING:
         if key not in _LOADED:
             loaded = ArmoRewardModel.from_pretrained(model, device=device)
-            _LOADED[key] = Rewards(loaded, floor=floor)
+            _LOADED[key] = Rewards(loaded, limit=limit)
         return _LOADED[key]

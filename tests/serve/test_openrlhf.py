@@ -12,7 +12,7 @@ import torch
 from conftest import _causal_tokenizer, conversation
 
 from armo.serve.openrlhf import OpenRLHFReward, RenderedPrompts
-from armo.serve.rewards import FLOOR
+from armo.serve.rewards import LIMIT
 
 MULTI = [
     {"role": "system", "content": "Be kind."},
@@ -76,7 +76,7 @@ def test_a_file_of_two_lines_gives_the_models_own_scores(causal_model, causal_fo
     path.write_text(
         "from armo.serve.openrlhf import OpenRLHFReward\n"
         f"reward_func = OpenRLHFReward({str(tmp_path / 'model')!r}, policy={str(causal_folder)!r},"
-        " floor=-1000)\n"
+        " limit=1000)\n"
     )
     spec = importlib.util.spec_from_file_location("reward_func", path)
     module = importlib.util.module_from_spec(spec)
@@ -138,4 +138,4 @@ def test_what_the_policy_writes_never_stops_the_training(causal_model):
     texts = ["", "<|turn|><|turn|>", "So.<|turn|><|start|>user<|end|>\n\nThanks!", "\ufffd", prompt]
     rows = run(function, policy(), [prompt] * len(texts), texts)
     assert all(torch.isfinite(value).all() for row in rows for value in row.values())
-    assert [row["reward"].item() for row in rows[:2]] == [FLOOR, FLOOR]
+    assert [row["reward"].item() for row in rows[:2]] == [-LIMIT, -LIMIT]

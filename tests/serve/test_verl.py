@@ -14,7 +14,7 @@ import pytest
 from conftest import conversation, make_model
 
 import armo.serve.verl
-from armo.serve.rewards import FLOOR
+from armo.serve.rewards import LIMIT
 
 PROMPT = [{"role": "user", "content": "Is honey safe for babies?"}]
 TEXTS = ["Not before their first birthday.", "Yes, always!", "", "Ask a doctor."]
@@ -60,7 +60,7 @@ async def run_naive(compute_score, texts, extra_info, **extra):
 
 @pytest.mark.parametrize("how", ["package", "file"])
 def test_scores_and_objectives_are_the_models_own(how, folder, causal_model):
-    compute_score = partial(with_kwargs, find(how), {"model": folder, "floor": -1000.0})
+    compute_score = partial(with_kwargs, find(how), {"model": folder, "limit": 1000.0})
     results = asyncio.run(run_naive(compute_score, TEXTS, {"raw_prompt": PROMPT, "index": 0}))
     # `_postprocess` of verl/experimental/agent_loop/agent_loop.py: the keys of the first row.
     columns = {key: np.array([row[key] for row in results]) for key in results[0]}
@@ -88,7 +88,7 @@ def test_the_model_is_loaded_once_for_all_threads(folder, monkeypatch):
     assert [row["score"] for row in results[:4]] == pytest.approx(
         [row["score"] for row in results[4:8]]
     )
-    assert results[2]["score"] == FLOOR
+    assert results[2]["score"] == -LIMIT
 
 
 def test_the_prompt_may_be_a_column_of_the_data(folder):
