@@ -7,8 +7,8 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
 
-from armo.data.adapters.base import Adapter, Dropped, listed, rating, text, truth
-from armo.data.adapters.paired import choice, difference, objects, optional_text, ordered_pair, pair
+from armo.data.adapters.base import Adapter, Dropped, listed, member, objects, rating, text, truth
+from armo.data.adapters.paired import choice, difference, optional_text, ordered_pair, pair
 from armo.data.conversation import Message, PreferencePair, Prompt
 from armo.data.published import PublishedRow
 
@@ -71,9 +71,7 @@ def summary_pair(row: Mapping[str, Any], id: str) -> Iterator[PreferencePair | D
             `summaries`, two with a `text`; `choice`, the index of the better one.
         id: Of the row.
     """
-    info = row["info"]
-    if not isinstance(info, Mapping):
-        raise ValueError(f"field `info` must be an object, got {info!r:.60}")
+    info = member(row, "info")
     post, article = optional_text(info, "post"), optional_text(info, "article")
     if post.strip():
         head = f"SUBREDDIT: r/{optional_text(info, 'subreddit')}\n\n"
@@ -83,7 +81,7 @@ def summary_pair(row: Mapping[str, Any], id: str) -> Iterator[PreferencePair | D
     else:
         yield Dropped("neither a post nor an article")
         return
-    texts = [text(summary, "text").strip() for summary in objects(row, "summaries")]
+    texts = [text(summary, "text").strip() for summary in objects(row, "summaries", "text")]
     if len(texts) != 2:
         raise ValueError(f"field `summaries` must have two summaries, has {len(texts)}")
     first = float(choice(row, "choice", (0, 1)) == 0)

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from armo.data.adapters.base import Adapter, Dropped, text
+from armo.data.adapters.base import Adapter, Dropped, objects, text
 from armo.data.adapters.helpsteer import helpsteer_turns
 from armo.data.adapters.paired import (
     choice,
     messages,
-    objects,
     optional_text,
     pair,
 )
