@@ -495,6 +495,9 @@ def test_strengths_without_usable_votes_are_taken_at_their_word():
     row = {key: value for key, value in STEER2.items() if not key.startswith("three")}
     (pair,), _ = read("helpsteer2_preference", row)
     assert pair.preference == 1.0
+    votes = [{"strength": strength} for strength in (-100, -1, 1)]
+    (pair,), _ = read("helpsteer2_preference", STEER2, three_most_similar_preferences=votes)
+    assert pair.preference == 0.5, "-100 is no vote for the first"
     votes = [{"strength": 3}, {"strength": 1}]
     reason = dropped("helpsteer2_preference", STEER2, three_most_similar_preferences=votes)
     assert reason == "votes and strength disagree"
