@@ -156,15 +156,7 @@ def stream_pairs(
         ValueError: If `judges` names an objective that is not declared, or `columns` a field that
             pairs do not have.
     """
-    judges = {} if judges is None else judges
-    if not isinstance(judges, Mapping) or any(isinstance(v, str) for v in judges.values()):
-        raise ValueError(
-            f"`judges` must be lists of sources or categories by objective, "
-            f"{{OBJECTIVE: [SOURCE, ...]}}, got {judges!r}"
-        )
-    for name in judges:
-        if objectives is not None:
-            _check_declared(name, objectives)
+    judges = check_judges(judges, objectives)
 
     def parse(row: dict[str, Any]) -> PreferencePair:
         judgements: dict[str, float] = {}
@@ -180,12 +172,8 @@ def stream_pairs(
         common, preference = _common(row), 1.0
         if row.get("preference") is not None:
             preference = _number(row["preference"], "`preference`")
-        # `a/b/c` is of the kinds `a`, `a/b` and `a/b/c`.
-        parts = common["category"].split("/")
-        kinds = {common["source"], *("/".join(parts[:k]) for k in range(1, len(parts) + 1))}
-        for name, those in judges.items():
-            if not kinds.isdisjoint(those):
-                judgements.setdefault(name, preference)
+        for name in judging(judges, common["source"], common["category"]):
+            judgements.setdefault(name, preference)
         return PreferencePair(
             **common,
             prompt=_messages(row, "prompt"),
@@ -199,6 +187,34 @@ def stream_pairs(
 
     mapped = ColumnMap(PAIR_FIELDS, columns, missing)
     return _rows(path, parse, mapped, builtin_file=BUILTIN_FILES["pairs"])
+
+
+def check_judges(
+    judges: Mapping[str, Sequence[str]] | None, objectives: ObjectiveSet | None
+) -> Mapping[str, Sequence[str]]:
+    """Return `judges` of `stream_pairs`, if they are sources or categories by declared objective.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    judges = {} if judges is None else judges
+    if not isinstance(judges, Mapping) or any(isinstance(v, str) for v in judges.values()):
+        raise ValueError(
+            f"`judges` must be lists of sources or categories by objective, "
+            f"{{OBJECTIVE: [SOURCE, ...]}}, got {judges!r}"
+        )
+    for name in judges:
+        if objectives is not None:
+            _check_declared(name, objectives)
+    return judges
+
+
+def judging(judges: Mapping[str, Sequence[str]], source: str, category: str) -> list[str]:
+    """Return the objectives that pairs of a source and category judge."""
+    # `a/b/c` is of the kinds `a`, `a/b` and `a/b/c`.
+    parts = category.split("/")
+    kinds = {source, *("/".join(parts[:k]) for k in range(1, len(parts) + 1))}
+    return [name for name, those in judges.items() if not kinds.isdisjoint(those)]
 
 
 def load_lists(

@@ -1,0 +1,91 @@
+"""Published sets of preference pairs, by the names that `data/pairs=` knows."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+
+from armo.data.adapters import (
+    arena,
+    comparisons,
+    conversations,
+    labels,
+    strengths,
+    transcripts,
+)
+from armo.data.adapters.base import Adapter
+from armo.data.conversation import PreferencePair
+from armo.data.objectives import ObjectiveSet
+from armo.data.sources import Paths, check_judges, judging
+
+logger = logging.getLogger(__name__)
+
+PAIR_SETS: dict[str, Adapter[PreferencePair]] = {
+    adapter.name: adapter
+    for module in (strengths, transcripts, conversations, labels, comparisons, arena)
+    for adapter in module.ADAPTERS
+}
+
+
+def stream_adapted_pairs(
+    dataset: str,
+    *,
+    objectives: ObjectiveSet | None = None,
+    path: Paths | None = None,
+    revision: str | None = None,
+    splits: Sequence[str] | None = None,
+    judges: Mapping[str, Sequence[str]] | None = None,
+    min_margin: float = 0.0,
+    pairs_per_prompt: int | None = None,
+    streaming: bool = True,
+) -> Iterator[PreferencePair]:
+    """Read preference pairs of a published set, as they are asked for.
+
+    What the adapter drops, and what the two limits leave out, is counted and logged.
+
+    Args:
+        dataset: Its name here, one of `PAIR_SETS`; the source of its pairs.
+        objectives: The declared objectives, for `judges`. Without, any objective.
+        path: Id on the hub, or a file, a folder, a pattern, or a list of them, in the published
+            form; the set on the hub, if None.
+        revision: Commit, tag or branch on the hub.
+        splits: Those to read; the training split, if None.
+        judges: As of `stream_pairs`.
+        min_margin: Pairs with a smaller margin are left out; those without a margin are kept.
+        pairs_per_prompt: The first so many pairs of a prompt are kept; all, if None.
+        streaming: Read from the hub row by row; otherwise `datasets` downloads the set once and
+            keeps it.
+
+    Raises:
+        DataError: Naming file, row and field, at the first row that cannot be used.
+        ValueError: If there is no such set, or `judges` names an objective that is not declared.
+    """
+    if dataset not in PAIR_SETS:
+        raise ValueError(f"`dataset` is {dataset!r}; there are {', '.join(PAIR_SETS)}")
+    judges = check_judges(judges, objectives)
+    adapter = PAIR_SETS[dataset]
+    small = many = 0
+    of_prompt: Counter[bytes] = Counter()
+    for _, pair in adapter.read(path, revision=revision, splits=splits, streaming=streaming):
+        if pair.margin is not None and pair.margin < min_margin:
+            small += 1
+            continue
+        if pairs_per_prompt is not None:
+            # A digest, since prompts are long and many.
+            prompt = blake2b(repr(pair.prompt).encode(), digest_size=16).digest()
+            of_prompt[prompt] += 1
+            if of_prompt[prompt] > pairs_per_prompt:
+                many += 1
+                continue
+        named = judging(judges, pair.source, pair.category)
+        yield replace(pair, judgements=dict.fromkeys(named, pair.preference)) if named else pair
+    if small or many:
+        logger.warning(
+            "%s: left out %d pairs with a margin below %g, %d beyond %s of one prompt",
+            adapter.id if path is None else path,
+            small,
+            min_margin,
+            many,
+            pairs_per_prompt,
+        )
