@@ -192,15 +192,15 @@ def train(cfg: DictConfig) -> float | None:
             settings={"data": plain(cfg.data), "embed": _lasting(plain(cfg.embed))},
             objectives=ObjectiveSet.from_mapping(plain(cfg.data.objectives)),
             paths={
-                "ratings": plain(cfg.data.ratings)["path"],
-                "pairs": plain(cfg.data.pairs)["path"],
-                "lists": plain(lists)["path"],
-                "benchmark": plain(benchmark)["path"],
+                "ratings": _paths(plain(cfg.data.ratings)),
+                "pairs": _paths(plain(cfg.data.pairs)),
+                "lists": _paths(plain(lists)),
+                "benchmark": _paths(plain(benchmark)),
             },
             stream_ratings=_build(cfg.data.ratings),
             stream_pairs=_build(cfg.data.pairs),
-            stream_lists=_build(lists) if lists.path is not None else None,
-            stream_benchmark=_build(benchmark) if benchmark.path is not None else None,
+            stream_lists=_build(lists) if lists._target_ is not None else None,
+            stream_benchmark=_build(benchmark) if benchmark._target_ is not None else None,
             backbone=_build(backbone),
             team=_build(cfg.embed.trainer),
             backbone_id=(plain(backbone)["spec"]["id"], backbone.spec.revision),
@@ -431,15 +431,13 @@ def _training_prompts(run: Path, model: Any, *, texts: Path) -> Any:
         raise ArtifactError(f"`run`: {run} has no finished `embed` stage")
     training = TrainingPrompts.load(folder, model=model)
     data = read_json(folder / MANIFEST)["settings"]["data"]
-    kinds = [
-        data.get(kind) or {"path": None} for kind in ("ratings", "pairs", "lists", "benchmark")
-    ]
+    kinds = [data.get(kind) or {} for kind in ("ratings", "pairs", "lists", "benchmark")]
     # A run is data: what it names is called only where it is armo's own way to read rows.
     if not all(name.startswith("armo.data.") for name in _targets(kinds)):
         return training
     objectives = ObjectiveSet.from_mapping(data["objectives"])
     ratings, pairs, lists, benchmark = (
-        instantiate(section, _convert_="all") if section["path"] is not None else lambda **_: ()
+        instantiate(section, _convert_="all") if section.get("_target_") else lambda **_: ()
         for section in kinds
     )
     try:
@@ -457,6 +455,13 @@ def _training_prompts(run: Path, model: Any, *, texts: Path) -> Any:
         logger.warning("the texts of the training prompts cannot be read: %s", _one_line(error))
         return training
     return replace(training, text=text)
+
+
+def _paths(section: Mapping[str, Any]) -> list[str]:
+    """Return where the rows of a section are; of a mixture, those of all its sources."""
+    sections = section["sources"].values() if "sources" in section else [section]
+    paths = [each.get("path") or [] for each in sections if isinstance(each, dict)]
+    return [entry for path in paths for entry in ([path] if isinstance(path, str) else path)]
 
 
 def _targets(section: Any) -> Iterator[str]:

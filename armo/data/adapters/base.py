@@ -103,19 +103,21 @@ class Adapter(Generic[RowT]):
         )
         dropped: Counter[str] = Counter()
         kept = 0
-        for row in published if self.gather is None else self.gather(published):
-            try:
-                for native in self.rows(row.fields, f"{self.name}/{row.key}"):
-                    if isinstance(native, Dropped):
-                        dropped[native.reason] += 1
-                    else:
-                        kept += 1
-                        yield row.place, native
-            except ValueError as error:
-                raise DataError(f"{row.place}: {error}") from None
-        if dropped:
-            reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
-            logger.warning("%s: %d rows; left out: %s", path, kept, reasons)
+        try:
+            for row in published if self.gather is None else self.gather(published):
+                try:
+                    for native in self.rows(row.fields, f"{self.name}/{row.key}"):
+                        if isinstance(native, Dropped):
+                            dropped[native.reason] += 1
+                        else:
+                            kept += 1
+                            yield row.place, native
+                except ValueError as error:
+                    raise DataError(f"{row.place}: {error}") from None
+        finally:  # also where the reader has enough of it
+            if dropped:
+                reasons = ", ".join(f"{why} ({count})" for why, count in dropped.most_common())
+                logger.warning("%s: %d rows; left out: %s", path, kept, reasons)
         if not kept:
             raise DataError(f"{path}: no rows")
 

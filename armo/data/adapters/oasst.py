@@ -56,7 +56,7 @@ def oasst2_rows(row: Mapping[str, Any], id: str) -> Iterator[RatedResponse | Dro
     names, values = listed(labels, "name"), listed(labels, "value")
     if len(names) != len(values):
         raise ValueError(f"field `labels` has {len(names)} names and {len(values)} values")
-    given = dict(zip(names, values, strict=True))
+    given = {str(name): value for name, value in zip(names, values, strict=True)}
     *prompt, answer = read_messages(row["messages"], "messages")
     yield rated_response(
         "oasst2",

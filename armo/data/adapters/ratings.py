@@ -1,5 +1,6 @@
 """Published sets of rated responses, by the names that `data/ratings=` knows."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ from armo.data.adapters.base import Adapter
 from armo.data.conversation import RatedResponse
 from armo.data.objectives import Objective, ObjectiveSet
 from armo.data.sources import DataError, Paths
+
+logger = logging.getLogger(__name__)
 
 RATING_SETS: dict[str, Adapter[RatedResponse]] = {
     adapter.name: adapter
@@ -71,6 +74,7 @@ def stream_adapted_ratings(
             f"`data.objectives`"
         )
     by_name = {objective.name: objective for objective in objectives.objectives}
+    others = 0
     rows = adapter.read(path, revision=revision, splits=splits, streaming=streaming)
     for place, row in rows:
         try:
@@ -83,6 +87,9 @@ def stream_adapted_ratings(
             raise DataError(f"{place}: {error}") from None
         if ratings:
             yield replace(row, ratings=ratings)
+        others += not ratings
+    if others:
+        logger.info("%s: %d rows rate none of the declared objectives", dataset, others)
 
 
 def _on_scale(value: float, objective: Objective, *, unit: bool) -> float:

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+from conftest import conversation
+
+from armo.data.mixture import stream_mixed_ratings
+from armo.data.objectives import ObjectiveSet
+from armo.data.sources import DataError
+
+OBJECTIVES = ObjectiveSet.from_mapping(
+    {
+        "helpsteer2-helpfulness": {"low": 0, "high": 4},
+        "prometheus-score": {"low": 1, "high": 5},
+        "clarity": {"low": 0, "high": 1},
+    }
+)
+ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+HELPSTEER = {"prompt": "Hi", "response": "Hello.", **dict.fromkeys(ASPECTS, 2)}
+FEEDBACK = {"orig_instruction": "Hi", "orig_response": "Hello.", "orig_score": "5"}
+
+
+def native(number, **more):
+    row = {"id": f"r{number}", "source": "mine", "messages": conversation("Hi", "Hello.")}
+    return {**row, "ratings": {"clarity": 0.5}, **more}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(name, *rows):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("steer/train.jsonl", *[HELPSTEER] * 5)
+    write("feedback/train.jsonl", FEEDBACK)
+    write("mine/a.jsonl", native(1), native(2, weight=3))
+    write("mine/b.jsonl", native(3))
+    return tmp_path
+
+
+def mixed(**sources):
+    return [*stream_mixed_ratings(sources, objectives=OBJECTIVES)]
+
+
+def test_sets_follow_one_another_with_their_weights_and_limits(folder):
+    rows = mixed(
+        helpsteer2={"path": str(folder / "steer"), "weight": 0.5, "limit": 2},
+        judged={"dataset": "feedback_collection", "path": str(folder / "feedback")},
+        mine={"path": str(folder / "mine" / "*.jsonl"), "weight": 2},
+    )
+    assert [(row.id, row.weight) for row in rows] == [
+        ("helpsteer2/train/1", 0.5),
+        ("helpsteer2/train/2", 0.5),
+        ("judged/train/1", 1.0),
+        ("mine/r1", 2.0),
+        ("mine/r2", 6.0),
+        ("mine/r3", 2.0),
+    ]
+    assert [row.source for row in rows[1:4]] == ["helpsteer2", "feedback_collection", "mine"]
+    assert rows[0].ratings == {"helpsteer2-helpfulness": 2.0}
+
+
+def test_one_set_may_stand_there_twice(folder):
+    source = {"dataset": "helpsteer2", "path": str(folder / "steer")}
+    rows = mixed(a={**source, "limit": 3}, b=source)
+    assert len({row.id for row in rows}) == len(rows) == 8
+
+
+def test_a_limit_beyond_the_set_takes_all_of_it(folder):
+    assert len(mixed(mine={"path": str(folder / "mine"), "limit": 100})) == 3
+
+
+def test_native_rows_in_a_mixture_are_read_with_their_settings(folder):
+    (folder / "table.csv").write_text("q,a,c\nHi,Hello.,1\n")
+    columns = {"prompt": "q", "response": "a", "ratings": {"clarity": "c"}}
+    (row,) = mixed(table={"path": str(folder / "table.csv"), "columns": columns})
+    assert row.ratings == {"clarity": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "x.jsonl", "weight": -1}, "source 'mine': `weight` must be finite and from 0"),
+        ({"path": "x.jsonl", "weight": float("inf")}, "`weight` must be finite"),
+        ({"path": "x.jsonl", "weight": "half"}, "`weight` must be a number, got 'half'"),
+        ({"path": "x.jsonl", "limit": 0}, "`limit` must be a whole number from 1 on, got 0"),
+        ({"path": "x.jsonl", "limit": 1.5}, "`limit` must be a whole number"),
+        ({"path": "x.jsonl", "colour": "red"}, "source 'mine': .* argument 'colour'"),
+        ({}, "source 'mine': .* 'path'"),
+        (None, "source 'mine': .* 'path'"),
+        ("x.jsonl", "source 'mine' must be {path: ..., weight: ...}, got 'x.jsonl'"),
+        ({"dataset": "helpsteer9"}, "`dataset` is 'helpsteer9'"),
+    ],
+)
+@pytest.mark.usefixtures("no_type_checks")
+def test_a_setting_that_is_wrong_is_named_with_its_source(settings, message):
+    with pytest.raises(ValueError, match=message):
+        mixed(mine=settings)
+
+
+def test_a_mixture_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="`sources` is empty"):
+        mixed()
+
+
+def test_a_bad_row_is_named_by_its_own_file(folder):
+    (folder / "mine" / "b.jsonl").write_text(json.dumps(native(3, ratings={"clarity": 7})))
+    with pytest.raises(DataError, match=r"b.jsonl:1: rating 7.* of 'clarity' is outside"):
+        mixed(mine={"path": str(folder / "mine")})
