@@ -266,7 +266,12 @@ MT_BENCH = {
 
 # By name: a row, the margin, and what else the pair has that others do not have.
 EXPECTED = {
-    "helpsteer2_preference": (STEER2, 2.0, {"preference": 2 / 3, "split": "train"}),
+    "helpsteer2_preference": (STEER2, 2.0, {"preference": 2 / 3}),
+    "helpsteer2_preference_validation": (
+        {**STEER2, "split": "val"},
+        2.0,
+        {"preference": 2 / 3},
+    ),
     "helpsteer3_preference": (STEER3, 1.0, {"preference": 0.75, "category": "code", "turns": 3}),
     "helpsteer3_edit": (EDIT, None, {"category": "stem"}),
     "helpsteer3_edit_quality": (QUALITY, None, {"category": "general"}),
@@ -388,7 +393,7 @@ def test_a_row_of_each_set_is_a_pair_with_its_margin(name):
     assert (pair.chosen, pair.rejected) == ("Better.", "Worse.")
     assert pair.margin == (None if margin is None else pytest.approx(margin))
     assert pair.preference == pytest.approx(more.get("preference", 1.0))
-    assert (pair.category, pair.split) == (more.get("category", ""), more.get("split"))
+    assert (pair.category, pair.split) == (more.get("category", ""), None)
     assert pair.prompt[-1] == Message("user", more.get("prompt", "Why?"))
     assert len(pair.prompt) == more.get("turns", 1)
     assert (pair.id, pair.source) == (f"{name}/train/1{more.get('id', '')}", name)
@@ -506,12 +511,11 @@ def test_strengths_without_usable_votes_are_taken_at_their_word():
             read("helpsteer2_preference", STEER2, preference_strength=strength)
 
 
-@pytest.mark.parametrize(
-    ("said", "split"), [("train", "train"), ("val", "test"), ("validation", "test")]
-)
-def test_the_one_split_of_helpsteer2s_preferences_is_parted_by_its_column(said, split):
-    (pair,), _ = read("helpsteer2_preference", STEER2, split=said)
-    assert pair.split == split
+@pytest.mark.parametrize("said", ["val", "validation"])
+def test_the_one_split_of_helpsteer2s_preferences_is_parted_by_its_column(said):
+    assert "validation" in dropped("helpsteer2_preference", STEER2, split=said)
+    assert len(read("helpsteer2_preference_validation", STEER2, split=said)[0]) == 1
+    assert "training" in dropped("helpsteer2_preference_validation", STEER2)
 
 
 def test_turns_stand_in_the_prompts_of_helpsteer2_and_may_stand_in_a_text_in_helpsteer3():
@@ -905,13 +909,13 @@ def hub(monkeypatch):
 
 def test_the_hub_is_asked_for_the_part_of_a_set_that_the_adapter_reads(hub):
     sets, asked = hub
-    sets["nvidia/HelpSteer2"] = [STEER2, {**STEER2, "split": "val", "preference_strength": 0}]
+    sets["nvidia/HelpSteer2"] = [STEER2, {**STEER2, "preference_strength": 0}]
     sets["nvidia/HelpSteer3"] = [STEER3]
     sets["lmsys/mt_bench_human_judgments"] = [MT_BENCH]
     pairs = [*stream_adapted_pairs("helpsteer2_preference", revision="abc")]
-    assert [(p.id, p.split, p.preference, p.margin) for p in pairs] == [
-        ("helpsteer2_preference/train/1", "train", pytest.approx(2 / 3), 2.0),
-        ("helpsteer2_preference/train/2", "test", 0.5, 0.0),
+    assert [(p.id, p.preference, p.margin) for p in pairs] == [
+        ("helpsteer2_preference/train/1", pytest.approx(2 / 3), 2.0),
+        ("helpsteer2_preference/train/2", 0.5, 0.0),
     ]
     [*stream_adapted_pairs("helpsteer3_preference")]
     [*stream_adapted_pairs("mt_bench_human")]
