@@ -67,25 +67,27 @@ def stream_adapted_pairs(
     adapter = PAIR_SETS[dataset]
     small = many = 0
     of_prompt: Counter[bytes] = Counter()
-    for _, pair in adapter.read(path, revision=revision, splits=splits, streaming=streaming):
-        if pair.margin is not None and pair.margin < min_margin:
-            small += 1
-            continue
-        if pairs_per_prompt is not None:
-            # A digest, since prompts are long and many.
-            prompt = blake2b(repr(pair.prompt).encode(), digest_size=16).digest()
-            of_prompt[prompt] += 1
-            if of_prompt[prompt] > pairs_per_prompt:
-                many += 1
+    try:
+        for _, pair in adapter.read(path, revision=revision, splits=splits, streaming=streaming):
+            if pair.margin is not None and pair.margin < min_margin:
+                small += 1
                 continue
-        named = judging(judges, pair.source, pair.category)
-        yield replace(pair, judgements=dict.fromkeys(named, pair.preference)) if named else pair
-    if small or many:
-        logger.warning(
-            "%s: left out %d pairs with a margin below %g, %d beyond %s of one prompt",
-            adapter.id if path is None else path,
-            small,
-            min_margin,
-            many,
-            pairs_per_prompt,
-        )
+            if pairs_per_prompt is not None:
+                # A digest, since prompts are long and many.
+                prompt = blake2b(repr(pair.prompt).encode(), digest_size=16).digest()
+                of_prompt[prompt] += 1
+                if of_prompt[prompt] > pairs_per_prompt:
+                    many += 1
+                    continue
+            named = judging(judges, pair.source, pair.category)
+            yield replace(pair, judgements=dict.fromkeys(named, pair.preference)) if named else pair
+    finally:  # also where the reader has enough of it
+        if small or many:
+            logger.warning(
+                "%s: left out: a margin below %g (%d), more than %s pairs of one prompt (%d)",
+                dataset,
+                min_margin,
+                small,
+                pairs_per_prompt,
+                many,
+            )

@@ -981,7 +981,7 @@ def test_small_margins_and_many_pairs_of_a_prompt_are_left_out_and_counted(tmp_p
     with caplog.at_level(logging.WARNING):
         pairs = [*stream_adapted_pairs("shp", path=path, min_margin=0.6931, pairs_per_prompt=2)]
     assert [round(math.exp(pair.margin), 6) for pair in pairs] == [4, 3, 2]
-    assert "left out 1 pairs with a margin below 0.6931, 2 beyond 2 of one prompt" in caplog.text
+    assert "left out: a margin below 0.6931 (1), more than 2 pairs of one prompt (2)" in caplog.text
     caplog.clear()
     assert len([*stream_adapted_pairs("shp", path=path)]) == 6
     assert not caplog.records
