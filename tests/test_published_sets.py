@@ -11,6 +11,7 @@ from test_cli import error_of, run
 
 from armo.artifacts import read_json
 from armo.cli import _paths
+from armo.data.adapters.pairs import PAIR_SETS
 from armo.data.adapters.ratings import RATING_SETS
 from armo.embed.extract import EmbeddedData
 
@@ -47,6 +48,13 @@ def test_objectives_that_are_chosen_go_before_those_of_the_set():
     assert "autoj-overall" in data["objectives"]
     data = compose("data/ratings=mixture", "data/objectives=[helpsteer2,feedback_collection]")
     assert [*data["objectives"]] == [f"helpsteer2-{x}" for x in ASPECTS] + ["prometheus-score"]
+
+
+def test_the_pairs_of_armorm_are_ten_published_sets():
+    sources = compose("data/pairs=armorm")["pairs"]["sources"]
+    assert len(sources) == 10
+    for name, settings in sources.items():
+        assert settings == {"path": PAIR_SETS[name].id}
 
 
 def test_the_paths_of_a_mixture_are_those_of_its_sources():

@@ -7,10 +7,11 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
+from armo.data.adapters.pairs import PAIR_SETS, stream_adapted_pairs
 from armo.data.adapters.ratings import RATING_SETS, stream_adapted_ratings
 from armo.data.conversation import PreferencePair, RatedResponse
 from armo.data.objectives import ObjectiveSet
-from armo.data.sources import stream_ratings
+from armo.data.sources import stream_pairs, stream_ratings
 
 RowT = TypeVar("RowT", RatedResponse, PreferencePair)
 
@@ -37,6 +38,28 @@ def stream_mixed_ratings(
         known=RATING_SETS,
         adapted=partial(stream_adapted_ratings, objectives=objectives),
         native=partial(stream_ratings, objectives=objectives),
+    )
+
+
+def stream_mixed_pairs(
+    sources: Mapping[str, Mapping[str, Any] | None], *, objectives: ObjectiveSet | None = None
+) -> Iterator[PreferencePair]:
+    """Read preference pairs of several sets, one set after the other.
+
+    Args:
+        sources: As of `stream_mixed_ratings`, with the settings of `stream_adapted_pairs` or
+            `stream_pairs`.
+        objectives: The declared objectives; pairs may judge any of them. Without, any objective.
+
+    Raises:
+        DataError: As of the functions that read the sets.
+        ValueError: If a source has a setting that is unknown or wrong.
+    """
+    return _mixed(
+        sources,
+        known=PAIR_SETS,
+        adapted=partial(stream_adapted_pairs, objectives=objectives),
+        native=partial(stream_pairs, objectives=objectives),
     )
 
 

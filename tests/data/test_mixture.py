@@ -3,7 +3,7 @@ import json
 import pytest
 from conftest import conversation
 
-from armo.data.mixture import stream_mixed_ratings
+from armo.data.mixture import stream_mixed_pairs, stream_mixed_ratings
 from armo.data.objectives import ObjectiveSet
 from armo.data.sources import DataError
 
@@ -75,6 +75,29 @@ def test_native_rows_in_a_mixture_are_read_with_their_settings(folder):
     columns = {"prompt": "q", "response": "a", "ratings": {"clarity": "c"}}
     (row,) = mixed(table={"path": str(folder / "table.csv"), "columns": columns})
     assert row.ratings == {"clarity": 1.0}
+
+
+def test_pairs_are_mixed_as_ratings_are(tmp_path):
+    turns = conversation("Hi", "Hello.")
+    standard = {"chosen": turns, "rejected": conversation("Hi", "What?")}
+    pair = {"id": "p", "source": "mine", "prompt": turns[:1], "chosen": "a", "rejected": "b"}
+    for name, rows in (("published", [standard] * 3), ("mine", [{**pair, "weight": 2}])):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    sources = {
+        "tulu_3_8b": {"path": str(tmp_path / "published.jsonl"), "limit": 1, "weight": 0.5},
+        "mine": {
+            "path": str(tmp_path / "mine.jsonl"),
+            "weight": 0.25,
+            "judges": {"clarity": ["mine"]},
+        },
+    }
+    rows = [*stream_mixed_pairs(sources, objectives=OBJECTIVES)]
+    assert [(row.id, row.weight, row.chosen) for row in rows] == [
+        ("tulu_3_8b/published/1", 0.5, "Hello."),
+        ("mine/p", 0.5, "a"),
+    ]
+    assert rows[1].judgements == {"clarity": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -593,6 +593,33 @@ def test_of_the_merged_set_the_source_may_be_given_and_labels_are_on_the_unit_sc
         stream(tmp_path, "armorm", [{**row, "beavertails-is_safe": 1.5}])
 
 
+def test_the_objectives_of_armorm_are_its_nineteen_in_order():
+    file = CONF / "objectives" / "armorm.yaml"
+    objectives = ObjectiveSet.from_mapping(yaml.safe_load(file.read_text()))
+    assert objectives.names == (
+        *(f"helpsteer-{x}" for x in ["helpfulness", "correctness", "coherence", "complexity"]),
+        "helpsteer-verbosity",
+        "ultrafeedback-overall_score",
+        "ultrafeedback-instruction_following",
+        "ultrafeedback-truthfulness",
+        "ultrafeedback-honesty",
+        "ultrafeedback-helpfulness",
+        "beavertails-is_safe",
+        "prometheus-score",
+        "argilla-overall_quality",
+        "argilla-judge_lm",
+        "code-complexity",
+        "code-style",
+        "code-explanation",
+        "code-instruction-following",
+        "code-readability",
+    )
+    assert objectives.bias_indices == ()
+    helpsteer, ultrafeedback = objectives.objectives[0], objectives.objectives[5]
+    assert helpsteer.to_unit(4) == pytest.approx((4 + 0.5) / 5)
+    assert ultrafeedback.to_unit(10) == pytest.approx(0.95)
+
+
 def test_the_scales_of_armorm_take_the_ratings_of_the_sets_themselves():
     # A label of the merged set is the middle of its step.
     file = CONF / "objectives" / "armorm.yaml"
