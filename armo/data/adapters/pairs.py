@@ -12,6 +12,7 @@ from armo.data.adapters import (
     conversations,
     labels,
     strengths,
+    summaries,
     transcripts,
 )
 from armo.data.adapters.base import Adapter
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 PAIR_SETS: dict[str, Adapter[PreferencePair]] = {
     adapter.name: adapter
-    for module in (strengths, transcripts, conversations, labels, comparisons, arena)
+    for module in (strengths, transcripts, conversations, labels, summaries, comparisons, arena)
     for adapter in module.ADAPTERS
 }
 
@@ -85,7 +86,7 @@ def stream_adapted_pairs(
         if small or many:
             logger.warning(
                 "%s: left out: a margin below %g (%d), more than %s pairs of one prompt (%d)",
-                dataset,
+                adapter.name,
                 min_margin,
                 small,
                 pairs_per_prompt,

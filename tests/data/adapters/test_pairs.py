@@ -348,7 +348,7 @@ EXPECTED = {
     "summarize_from_feedback": (
         SUMMARY,
         None,
-        {"prompt": "SUBREDDIT: r/ask\n\nTITLE: Why\n\nPOST: It is.\n\nTL;DR:"},
+        {"prompt": "SUBREDDIT: r/ask\n\nTITLE: Why\n\nPOST: It is.\n\nTL;DR:", "category": "post"},
     ),
     "offsetbias": (
         {"instruction": "Why?", "output_1": "Worse.", "output_2": "Better.", "label": 2},
@@ -671,7 +671,7 @@ def test_summaries_of_news_have_an_article_in_place_of_a_post():
     assert pair.prompt == (Message("user", "ARTICLE: All of it.\n\nTL;DR:"),)
     assert pair.category == "news"
     reason = dropped("summarize_from_feedback", SUMMARY, info={**info, "article": None})
-    assert reason == "neither a post nor an article"
+    assert reason == "a prompt without a user turn at its end"
     (pair,), _ = read("summarize_from_feedback", SUMMARY, choice=0)
     assert pair.chosen == "Worse.", "an index from 0, unlike the labels of other sets"
     with pytest.raises(ValueError, match="`summaries` must have two summaries, has 1"):
