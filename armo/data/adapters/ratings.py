@@ -1,7 +1,7 @@
 """Published sets of rated responses, by the names that `data/ratings=` knows."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from armo.data.adapters import argilla, helpsteer, oasst, prometheus, safety, ultrafeedback
@@ -71,9 +71,17 @@ def stream_adapted_ratings(
             f"{adapter.name} rates {', '.join(adapter.objectives)}, none of which is declared in "
             f"`data.objectives`"
         )
+    rows = adapter.read(path, revision=revision, splits=splits, streaming=streaming)
+    return _declared(rows, adapter, objectives)
+
+
+def _declared(
+    rows: Iterable[tuple[str, RatedResponse]],
+    adapter: Adapter[RatedResponse],
+    objectives: ObjectiveSet,
+) -> Iterator[RatedResponse]:
     by_name = {objective.name: objective for objective in objectives.objectives}
     others = 0
-    rows = adapter.read(path, revision=revision, splits=splits, streaming=streaming)
     for place, row in rows:
         try:
             ratings = {
