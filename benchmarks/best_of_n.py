@@ -33,8 +33,9 @@ from armo.fit.decorrelation import load_transforms
 from armo.fit.training import load_gating
 from armo.model.reward_model import ArmoRewardModel
 from armo.report.best_of_n import Winners, best_of_n, best_of_n_table
+from armo.report.drawing import PALETTE
 from armo.report.metrics import bootstrap_contrasts
-from armo.report.pages import PALETTE, print_tables, to_markdown
+from armo.report.pages import print_tables, to_markdown
 from armo.report.tables import Table
 
 SCORES = ("gate", "constant mix", "gate, plain", "constant mix, plain")

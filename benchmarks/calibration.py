@@ -144,9 +144,9 @@ def by_kind(judged: Judged, names: Sequence[str]) -> Table:
     """Whether what holds for all pairs holds for those of one kind of prompt; the largest few."""
     confident = torch.sigmoid(judged.odds.abs())
     right = torch.where(judged.odds > 0.0, judged.preference, 1.0 - judged.preference)
-    counts = torch.bincount(judged.kind)
+    kinds, counts = judged.kind.unique(return_counts=True)
     rows = []
-    for kind in counts.argsort(descending=True)[:KINDS].tolist():
+    for kind in kinds[counts.argsort(descending=True)[:KINDS]].tolist():
         here = judged.kind == kind
         off = confident[here] - right[here]
         interval = bootstrap_interval(off, judged.groups[here])

@@ -29,7 +29,12 @@ EMBED = {
     "llama_best_of_16_vs_separate",
 }
 RIDGE = {"ridge_vs_sklearn_loop", "ridge_stream_peak_gb"}
-EVALUATE = {"bootstrap_ten_models_s", "bootstrap_lines_s", "abstention_ten_models_s"}
+EVALUATE = {
+    "bootstrap_ten_models_s",
+    "bootstrap_lines_s",
+    "abstention_ten_models_s",
+    "evaluate_overhead_share",
+}
 GATE = {"gate_time_to_accuracy_vs_reference"}
 EMBED_GPU = {"llama8b_tokens_per_s", "llama8b_gemm_share", "llama8b_vs_one_at_a_time"}
 

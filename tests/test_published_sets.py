@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import hydra
 import pytest
@@ -137,6 +139,32 @@ def test_train_takes_a_mixture_of_published_and_native_sets(sets, arguments):
     assert tables.ratings_weight.tolist() == [0.5] * 110 + [1.0]
     inputs = read_json(sets / "run" / "embeddings" / "manifest.json")["inputs"]
     assert {str(steer / "train.jsonl"), str(sets / "more" / "a.jsonl")} <= {*inputs}
+
+
+def test_a_set_of_your_own_is_read_as_the_readme_says(sets, arguments, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```(?:python|yaml)\n(# my_\S+(?:.|\n)*?)```", readme)
+    ours = {block.split()[1].rstrip(";"): block for block in blocks}
+    conf = sets / "my_conf" / "data"
+    for name in ("ratings", "objectives"):
+        (conf / name).mkdir(parents=True)
+    (conf / "ratings" / "tickets.yaml").write_text(ours["my_conf/data/ratings/tickets.yaml"])
+    (conf / "objectives" / "mine.yaml").write_text("quality: {low: 1, high: 10}")
+    (sets / "my_sets.py").write_text(ours["my_sets.py"])
+    monkeypatch.syspath_prepend(sets)
+    (sets / "tickets").mkdir()
+    rows = [
+        {"question": f"{k}?", "reply": f"{WORDS[k % 8]} {k}", "stars": str(1 + k % 10)}
+        for k in range(40)
+    ]
+    (sets / "tickets" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, _, err = run(
+        *("train", "--config-dir", sets / "my_conf", *arguments[1:], "stages=[embed,heads]"),
+        *("data/ratings=tickets", "data/objectives=mine"),
+    )
+    assert status == 0, err
+    tables = EmbeddedData.load(sets / "run" / "embeddings").tables
+    assert tables.ratings[:, 0].tolist() == pytest.approx([(k % 10) / 9 for k in range(40)])
 
 
 def test_a_set_that_cannot_be_had_is_one_line_that_says_what_to_do(arguments, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -73,7 +74,7 @@ FILES = {
     "decorrelation": ("decorrelated.safetensors", "undecorrelated.safetensors"),
     "gating": ("gate.safetensors", "gate.json", "undecorrelated.safetensors"),
     "model": ("config.json", "model.safetensors", "golden.json", "README.md"),
-    "report": ("report.json", "report.md", "report.html"),
+    "report": ("report.json", "report.md", "report.html", "tables/rivals.csv"),
 }
 
 
@@ -1925,6 +1926,19 @@ def test_the_benchmark_of_calibration_judges_every_pair_by_parts_that_never_saw_
         assert row["too sure by"] == pytest.approx(row["predicted"] - row["observed"])
     assert sum(row["pairs"] for row in found["kinds"]) == sum(sides)
     assert {stage: state_of(trained[0], stage) for stage in STAGES} == before
+    held = tables.group_of_response % 3 == 1
+    folded = runpy.run_path(str(program))["with_fold"](tables, held)
+    for name, responses in (
+        ("ratings", tables.ratings_response),
+        ("pairs", tables.pairs_chosen),
+        ("pairs", tables.pairs_rejected),
+    ):
+        assert torch.equal(getattr(folded, f"{name}_train"), ~held[responses])
+        assert torch.equal(getattr(folded, f"{name}_test"), held[responses])
+    # What is of the benchmark is on neither side to train on.
+    listed = ~tables.lists_benchmark
+    assert not bool(folded.lists_train[tables.lists_benchmark].any())
+    assert torch.equal(folded.lists_train | folded.lists_test, listed)
 
 
 # Stages of another run

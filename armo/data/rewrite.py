@@ -83,17 +83,24 @@ _ADDRESS = "https://example.org"
 
 _ATTEMPTS = 4
 
-# Of a text's markup: what no change may look into. A blank line ends it.
-_CODE = r"(?P<kept>\\.|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=ticks)(?!`))"
+# Of a text's markup: what no change may look into, formulas and code. A blank line ends it.
+_INNER = r"(?:(?!\n\s*\n).)+?"
+_FORMULA = (
+    rf"(?P<kept>\$\${_INNER}\$\$|\\\({_INNER}\\\)|\\\[{_INNER}\\\]"
+    r"|(?<![\w$\\])\$(?=\S)[^$\n]+?(?<=[^\s\\])\$(?![\w$]))"
+)
+_VERBATIM = (
+    _FORMULA + r"|(?P<kept>\\.|(?<!`)(?P<ticks>`+)(?!`)" + _INNER + r"(?<!`)(?P=ticks)(?!`))"
+)
 _CLOSERS = r"[\"'”\u2019)\]*_]*"
 _MARKUP = "|".join(
     (
-        _CODE,
+        _VERBATIM,
         r"(?P<kept>!?\[[^\]\n]*\](?:\([^)\n]*\)|\[[^\]\n]*\]|:)?)",
         r"(?P<kept><[^>\n]*>)",
         r"(?P<kept>(?<!\S)\S*(?://|www\.|@|\.\w)\S*)",
         r"(?P<kept>&\w+;)",
-        r"(?P<kept>(?P<marks>\*{1,3}|_{1,3})(?=\S)(?:(?!\n\s*\n).)+?(?<=\S)(?P=marks))",
+        rf"(?P<kept>(?P<marks>\*{{1,3}}|_{{1,3}})(?=\S){_INNER}(?<=\S)(?P=marks))",
     )
 )
 _SHORTENED = r"(?<!\b(?:Mrs?|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|Nr|Fig|Vol|approx))"
@@ -117,23 +124,23 @@ _ENDS = _compiled(_MARKUP, _SENTENCE_END)
 _PHRASES = _compiled(_MARKUP, _PHRASE)
 _STOP = regex.compile(r"[.。](?![.!?。\uff01\uff1f])")
 _STRONG = _compiled(
-    _CODE,
-    r"\*\*(?=\S)(?P<inner>(?:(?!\n\s*\n).)+?)(?<=\S)\*\*",
-    r"(?<!\w)__(?=\S)(?P<inner>(?:(?!\n\s*\n).)+?)(?<=\S)__(?!\w)",
+    _VERBATIM,
+    rf"\*\*(?=\S)(?P<inner>{_INNER})(?<=\S)\*\*",
+    rf"(?<!\w)__(?=\S)(?P<inner>{_INNER})(?<=\S)__(?!\w)",
 )
 _LINK = _compiled(
-    _CODE,
+    _VERBATIM,
     r"(?<!!)\[(?P<inner>[^\[\]]*)\]\((?:<[^<>\n]*>|[^()\s]*(?:\([^()\s]*\)[^()\s]*)*)"
     r"(?:\s+(?:\"[^\"\n]*\"|'[^'\n]*'))?\s*\)",
 )
 _CALL = _compiled(
-    _CODE,
+    _VERBATIM,
     r"(?P<none>(?<=[?\uff1f])[!\uff01]+|[!\uff01]+(?=[?\uff1f]))",
     r"(?P<wide>\uff01+)",
     r"(?P<call>(?<!<)!+(?=[\s\"'”\u2019)\]*_,;:…—\u2013]|\Z|\p{Emoji_Presentation}))",
 )
-_PADDED = _compiled(_CODE, rf"(?P<said>[ \t]*(?:{'|'.join(map(regex.escape, _PADDING))}))")
-_CODE_SPAN = _compiled(_CODE)
+_PADDED = _compiled(_VERBATIM, rf"(?P<said>[ \t]*(?:{'|'.join(map(regex.escape, _PADDING))}))")
+_VERBATIM_SPAN = _compiled(_VERBATIM)
 # White space up to the next text, but for what indents a line.
 _GAP = r"(?:(?:[ \t]*\n)+|[ \t]+|\Z)"
 _OPENING = regex.compile(
@@ -439,7 +446,7 @@ def _without_exclamation(source: _Source) -> str:
 
 def _without_emoji(source: _Source) -> str:
     def plainer(text: str) -> str:
-        code = [m.span() for m in _CODE_SPAN.finditer(text)]
+        code = [m.span() for m in _VERBATIM_SPAN.finditer(text)]
         opened = [start for start, _ in code]
         lines, offset = [], 0
         for line in text.split("\n"):

@@ -65,8 +65,7 @@ def risk_coverage(
         copies = counts[:, cluster]
         answered, right = copies.cumsum(1), (copies * credit).cumsum(1)
         accuracy = (right / answered.clamp(min=1.0))[:, last]
-        # A rounding error is no pair.
-        wanted = answered[:, -1:] * shares - 1e-9
+        wanted = answered[:, -1:] * shares
         at = accuracy.gather(1, torch.searchsorted(answered, wanted))
         area = (copies * accuracy).sum(1, keepdim=True) / answered[:, -1:]
         return torch.cat([at, area], dim=1)

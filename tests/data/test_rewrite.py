@@ -213,6 +213,7 @@ def test_what_is_left_when_a_pattern_is_taken_out(pattern, text, expected):
         ("emoji", "👍"),
         ("heading", "# 1. First"),
         ("heading", "> # Quoted title"),
+        ("list", "- Run this:\n\n      x = 1"),  # its code would be indented by two more
         ("length", PLAIN),
     ],
 )
@@ -225,6 +226,26 @@ def test_code_alone_offers_no_place_but_around_it(pattern):
     added = add_pattern(CODE, pattern)
     assert (added is not None) == (pattern in ("length", "affirmative", "heading"))
     assert added is None or CODE in added
+
+
+FORMULAS = (
+    "\\[\n\\text{Number of students. Then} = 2x\n\\]",
+    "\\( \\text{Number of students} = n! \\cdot 2 \\)",
+    "$\\text{Number of students. Then} = n! \\cdot 2$",
+    "$$\n\\text{Number. Of students} + n! \\ldots\n$$",
+)
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+def test_formulas_are_kept(pattern, formula):
+    text = f"They cost $5 and $10 now. So {formula} holds. It is shown here."
+    for seed in range(8):
+        added = add_pattern(text, pattern, seed=seed)
+        lines = None if added is None else added.replace("\n  ", "\n")  # of items
+        assert lines is None or formula in lines
+    removed = remove_pattern(f"**Now!** {text}", pattern)
+    assert removed is None or formula in removed
 
 
 @pytest.mark.parametrize("pattern", ["length", "affirmative", "heading"])

@@ -167,6 +167,11 @@ def test_preference_bias_is_the_share_of_right_and_of_wrong_responses_with_a_pat
     assert "3 of 5 lists have both" in table.note
 
 
+def test_a_response_is_long_beside_those_to_its_own_prompt():
+    rows = lists(("word " * 50, "word " * 40), ("word " * 4, "word " * 3))
+    assert preference_bias_table(rows).rows[0][:6] == ("length", 2, 1.0, 2, 0.0, 1.0)
+
+
 def test_of_ranks_the_best_are_right():
     rows = lists(("**A**", "B", "**C**"), correct=None, ranks=(1, 2, 1))
     bold = preference_bias_table(rows).rows[1]

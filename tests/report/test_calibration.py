@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 
 from armo.report.calibration import calibration_error
+from armo.report.metrics import resampled_counts
 
 
 def simulate(pairs, *, slope=1.0, per_prompt=1, seed=0):
@@ -173,3 +174,27 @@ def test_what_is_no_probability_is_refused(probabilities, outcomes, how, words):
             torch.arange(len(probabilities)),
             **how,
         )
+
+
+def test_intervals_are_those_of_a_slow_loop_over_prompts_of_unequal_sizes():
+    probabilities, outcomes, _ = simulate(120, slope=0.0, seed=3)
+    prompts = torch.repeat_interleave(torch.arange(15), torch.arange(1, 16))  # 120 pairs
+    found = calibration_error(probabilities, outcomes, prompts, bins=3, seed=5, draws=300)
+    folded = torch.maximum(probabilities, 1.0 - probabilities)
+    observed = torch.where(probabilities > 0.5, outcomes, 1.0 - outcomes)
+    edges = np.percentile(folded.numpy(), [100 / 3, 200 / 3])
+    bin_of = np.searchsorted(edges, folded.numpy())
+    off = (folded - observed).numpy()
+    gap = np.array([off[bin_of == b].mean() for b in range(3)])
+    errors, nulls = [], []
+    for counts in torch.cat(list(resampled_counts(15, seed=5, draws=300))).numpy():
+        often = counts[prompts.numpy()]
+        sums = [(often * off)[bin_of == b].sum() for b in range(3)]
+        drawn = [often[bin_of == b].sum() for b in range(3)]
+        errors.append(np.abs(sums).sum() / often.sum())
+        nulls.append(np.abs(np.array(sums) - gap * drawn).sum() / often.sum())
+    low, high = found.error.mean + np.percentile(errors, [2.5, 97.5]) - np.mean(errors)
+    assert found.error.mean > found.null.high  # so that the low end is the resamples' own
+    assert (found.error.low, found.error.high) == pytest.approx((low, high))
+    null = (found.null.mean, found.null.low, found.null.high)
+    assert null == pytest.approx((np.mean(nulls), *np.percentile(nulls, [2.5, 97.5])))

@@ -19,7 +19,7 @@ from armo.embed.spec import BackboneError
 from armo.report import explain
 from armo.report.explain import TrainingPrompts, explain_pairs, read_texts_again
 from armo.report.explain_page import explanation_page, plot_waterfall, plot_weights
-from armo.report.pages import PLOTTED
+from armo.report.plots import PLOTTED
 from armo.report.tables import Table
 
 MEASURED = ("bold", "log_length", "questions")
@@ -175,7 +175,7 @@ COLUMNS = ("objective", "weight", "difference")
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=2 * PLOTTED))
 def test_the_waterfall_starts_each_step_where_the_last_one_ended(differences):
     rows = tuple((f"o{k}", 0.5, d) for k, d in enumerate(differences))
-    [axes] = plot_waterfall(Table("objectives", "", COLUMNS, rows)).axes
+    [axes] = plot_waterfall(Table("objectives", "", COLUMNS, rows)).figure.axes
     *steps, total = axes.patches
     moved = [d for d in differences if d != 0.0]
     assert len(steps) == min(len(moved), PLOTTED)
@@ -192,7 +192,7 @@ def test_the_waterfall_starts_each_step_where_the_last_one_ended(differences):
 
 def test_the_weights_are_drawn_heaviest_first_without_those_that_are_zero():
     rows = (("a", 0.25, 0.0), ("bias", 0.0, 0.0), ("b", 0.75, 1.0))
-    [axes] = plot_weights(Table("objectives", "", COLUMNS, rows)).axes
+    [axes] = plot_weights(Table("objectives", "", COLUMNS, rows)).figure.axes
     assert [bar.get_width() for bar in axes.patches] == [0.75, 0.25]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "a"]
 

@@ -134,6 +134,19 @@ class Adapter(Generic[RowT]):
             yield row
 
 
+def find_adapter(dataset: str | Adapter[RowT], known: Mapping[str, Adapter[RowT]]) -> Adapter[RowT]:
+    """Return the adapter of a set that is known by its name, or one of your own.
+
+    Raises:
+        ValueError: If there is no set of that name.
+    """
+    if isinstance(dataset, Adapter):
+        return dataset
+    if dataset not in known:
+        raise ValueError(f"`dataset` is {dataset!r}; there are {', '.join(known)}")
+    return known[dataset]
+
+
 def rated_response(
     adapter: str,
     id: str,

@@ -15,7 +15,7 @@ from armo.data.adapters import (
     summaries,
     transcripts,
 )
-from armo.data.adapters.base import Adapter
+from armo.data.adapters.base import Adapter, find_adapter
 from armo.data.conversation import PreferencePair
 from armo.data.objectives import ObjectiveSet
 from armo.data.sources import Paths, check_judges, judging
@@ -30,7 +30,7 @@ PAIR_SETS: dict[str, Adapter[PreferencePair]] = {
 
 
 def stream_adapted_pairs(
-    dataset: str,
+    dataset: str | Adapter[PreferencePair],
     *,
     objectives: ObjectiveSet | None = None,
     path: Paths | None = None,
@@ -46,7 +46,8 @@ def stream_adapted_pairs(
     What the adapter drops, and what the two limits leave out, is counted and logged.
 
     Args:
-        dataset: Its name here, one of `PAIR_SETS`; the source of its pairs.
+        dataset: Its name here, one of `PAIR_SETS`, or an adapter of your own; the source of
+            its pairs.
         objectives: The declared objectives, for `judges`. Without, any objective.
         path: Id on the hub, or a file, a folder, a pattern, or a list of them, in the published
             form; the set on the hub, if None.
@@ -62,10 +63,8 @@ def stream_adapted_pairs(
         DataError: Naming file, row and field, at the first row that cannot be used.
         ValueError: If there is no such set, or `judges` names an objective that is not declared.
     """
-    if dataset not in PAIR_SETS:
-        raise ValueError(f"`dataset` is {dataset!r}; there are {', '.join(PAIR_SETS)}")
     judges = check_judges(judges, objectives)
-    adapter = PAIR_SETS[dataset]
+    adapter = find_adapter(dataset, PAIR_SETS)
     small = many = 0
     of_prompt: Counter[bytes] = Counter()
     try:

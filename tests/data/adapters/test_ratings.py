@@ -318,13 +318,13 @@ def test_whatever_a_row_holds_is_read_or_is_one_error_that_names_it(name, data, 
 def test_none_of_its_objectives_being_declared_is_said_before_anything_is_read(name):
     objectives = ObjectiveSet.from_mapping({"charm": {"low": 0, "high": 1}})
     with pytest.raises(ValueError, match=r"none of which is declared in `data.objectives`"):
-        next(stream_adapted_ratings(name, objectives=objectives, path="/nowhere"))
+        stream_adapted_ratings(name, objectives=objectives, path="/nowhere")
 
 
 def test_an_unknown_set_is_named_with_the_known_ones():
     objectives, _ = declared("helpsteer")
     with pytest.raises(ValueError, match=r"`dataset` is 'helpsteer9'; there are helpsteer, "):
-        next(stream_adapted_ratings("helpsteer9", objectives=objectives))
+        stream_adapted_ratings("helpsteer9", objectives=objectives)
 
 
 def test_ratings_on_other_objectives_and_rows_without_any_are_left_out(tmp_path, caplog):
