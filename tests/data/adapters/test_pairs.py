@@ -414,7 +414,25 @@ def test_each_set_has_an_option_that_names_it(request):
 
 
 # Values that a column of a published set has now and then, or that a broken file has.
-ODD = (None, "", "N/A", "7", "x", 7, -1, 2.5, True, math.nan, [], [None], ["x"], [{}], {}, {"a": 1})
+ODD = (
+    None,
+    "",
+    "N/A",
+    "7",
+    "x",
+    7,
+    -1,
+    2.5,
+    True,
+    math.nan,
+    math.inf,
+    [],
+    [None],
+    ["x"],
+    [{}],
+    {},
+    {"a": 1},
+)
 
 
 @pytest.mark.parametrize("name", PAIR_SETS)
@@ -989,6 +1007,10 @@ def test_small_margins_and_many_pairs_of_a_prompt_are_left_out_and_counted(tmp_p
     caplog.clear()
     assert len([*stream_adapted_pairs("shp", path=path)]) == 6
     assert not caplog.records
+    with pytest.raises(DataError, match="shp: no pair has a margin from `min_margin=3` on"):
+        [*stream_adapted_pairs("shp", path=path, min_margin=3)]
+    with pytest.raises(ValueError, match="`pairs_per_prompt` must be from 1 on, or null, got 0"):
+        stream_adapted_pairs("shp", path=path, pairs_per_prompt=0)
     path = write(tmp_path / "arena", [ARENA])
     assert len([*stream_adapted_pairs("arena_33k", path=path, min_margin=1.0)]) == 1
 
@@ -1007,12 +1029,12 @@ def test_pairs_may_judge_an_objective_by_source_or_category(tmp_path):
         )
         assert pair.judgements == judgements
     with pytest.raises(ValueError, match="'kind' is not declared"):
-        [*stream_adapted_pairs("shp", objectives=objectives, judges={"kind": ["shp"]})]
+        stream_adapted_pairs("shp", objectives=objectives, judges={"kind": ["shp"]})
 
 
 def test_what_cannot_be_read_is_one_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match="`dataset` is 'shpp'; there are helpsteer2_preference"):
-        [*stream_adapted_pairs("shpp")]
+        stream_adapted_pairs("shpp")
     path = write(tmp_path / "set", [STANDARD])
     with pytest.raises(DataError, match=r"no column history.*which shp needs; there are chosen"):
         [*stream_adapted_pairs("shp", path=path)]
