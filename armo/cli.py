@@ -134,7 +134,9 @@ def train(cfg: DictConfig) -> float | None:
     """
     from armo import stages
     from armo.artifacts import exclusive
+    from armo.data.mixture import section_files
     from armo.data.objectives import ObjectiveSet
+    from armo.data.sources import BUILTIN_FILES
     from armo.embed.extract import outer_rank
 
     _quieten()  # once more: Lightning sets its own log level when it is imported
@@ -191,12 +193,11 @@ def train(cfg: DictConfig) -> float | None:
             run,
             settings={"data": plain(cfg.data), "embed": _lasting(plain(cfg.embed))},
             objectives=ObjectiveSet.from_mapping(plain(cfg.data.objectives)),
-            paths={
-                "ratings": _paths(plain(cfg.data.ratings)),
-                "pairs": _paths(plain(cfg.data.pairs)),
-                "lists": _paths(plain(lists)),
-                "benchmark": _paths(plain(benchmark)),
-            },
+            files=[
+                file
+                for kind in BUILTIN_FILES
+                for file in section_files(plain(cfg.data[kind]), kind=kind)
+            ],
             stream_ratings=_build(cfg.data.ratings),
             stream_pairs=_build(cfg.data.pairs),
             stream_lists=_build(lists) if lists._target_ is not None else None,
@@ -455,13 +456,6 @@ def _training_prompts(run: Path, model: Any, *, texts: Path) -> Any:
         logger.warning("the texts of the training prompts cannot be read: %s", _one_line(error))
         return training
     return replace(training, text=text)
-
-
-def _paths(section: Mapping[str, Any]) -> list[str]:
-    """Return where the rows of a section are; of a mixture, those of all its sources."""
-    sections = section["sources"].values() if "sources" in section else [section]
-    paths = [each.get("path") or [] for each in sections if isinstance(each, dict)]
-    return [entry for path in paths for entry in ([path] if isinstance(path, str) else path)]
 
 
 def _targets(section: Any) -> Iterator[str]:

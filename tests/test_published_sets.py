@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from test_cli import error_of, run
 
 from armo.artifacts import read_json
-from armo.cli import _paths
 from armo.data.adapters.pairs import PAIR_SETS
 from armo.data.adapters.ratings import RATING_SETS
 from armo.embed.extract import EmbeddedData
@@ -58,13 +57,6 @@ def test_the_pairs_of_armorm_are_ten_published_sets():
     assert len(sources) == 10
     for name, settings in sources.items():
         assert settings == {"path": PAIR_SETS[name].id}
-
-
-def test_the_paths_of_a_mixture_are_those_of_its_sources():
-    sources = {"a": {"path": ["x", "y"]}, "helpsteer2": {}, "b": {"path": "z"}, "c": None}
-    assert _paths({"sources": sources}) == ["x", "y", "z"]
-    assert _paths({"path": "x"}) == ["x"]
-    assert _paths({"path": None}) == []
 
 
 # The whole way.

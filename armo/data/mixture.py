@@ -5,13 +5,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from armo.data.adapters.pairs import PAIR_SETS, stream_adapted_pairs
 from armo.data.adapters.ratings import RATING_SETS, stream_adapted_ratings
 from armo.data.conversation import PreferencePair, RatedResponse
 from armo.data.objectives import ObjectiveSet
-from armo.data.sources import stream_pairs, stream_ratings
+from armo.data.published import local_files
+from armo.data.sources import BUILTIN_FILES, data_files, stream_pairs, stream_ratings
 
 RowT = TypeVar("RowT", RatedResponse, PreferencePair)
 
@@ -61,6 +63,38 @@ def stream_mixed_pairs(
         adapted=partial(stream_adapted_pairs, objectives=objectives),
         native=partial(stream_pairs, objectives=objectives),
     )
+
+
+def section_files(section: Mapping[str, Any], *, kind: str) -> list[Path]:
+    """Return the files that a section of the settings reads, of a mixture those of all sources.
+
+    Args:
+        section: One of `data`: `_target_` says how its rows are read, `path` or `sources` where
+            they are. Sets on the hub have no files.
+        kind: `ratings`, `pairs`, `lists` or `benchmark`.
+
+    Raises:
+        DataError: If there is no such file or folder.
+    """
+    published: Mapping[str, Collection[str]] = {"ratings": RATING_SETS, "pairs": PAIR_SETS}
+    known = published.get(kind, ())
+    sources = section.get("sources")
+    if sources is None:
+        native = str(section["_target_"]).startswith("armo.data.sources.")
+        places = [(section.get("path"), native)]
+    else:
+        given = {name: source for name, source in sources.items() if isinstance(source, Mapping)}
+        places = [
+            (source.get("path"), "dataset" not in source and name not in known)
+            for name, source in given.items()
+        ]
+    files: list[Path] = []
+    for path, native in places:
+        if path is not None and native:
+            files += data_files(path, builtin_file=BUILTIN_FILES[kind])
+        elif path is not None:
+            files += local_files(path)
+    return files
 
 
 def _mixed(

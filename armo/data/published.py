@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 
 from armo.data.conversation import Message
 from armo.data.sources import (
-    BUILTIN,
     SUFFIXES,
     DataError,
     Paths,
-    data_files,
     matching_files,
     read_rows,
 )
@@ -88,12 +86,8 @@ def open_rows(
             yield PublishedRow(place, f"{split}/{counts[split]}", row)
 
 
-def local_files(path: Paths, *, builtin_file: str) -> list[Path]:
+def local_files(path: Paths) -> list[Path]:
     """Return all files that rows of a set may be read from; none for a set on the hub.
-
-    Args:
-        path: As of `open_rows`, or `builtin`.
-        builtin_file: What `builtin` stands for.
 
     Raises:
         DataError: If there is no such file or folder.
@@ -101,9 +95,7 @@ def local_files(path: Paths, *, builtin_file: str) -> list[Path]:
     files: list[Path] = []
     for entry in [path] if isinstance(path, str) else path:
         location = Path(entry).expanduser()
-        if entry == BUILTIN:
-            files += data_files(entry, builtin_file=builtin_file)
-        elif location.is_dir():
+        if location.is_dir():
             endings = (*FILES, ".arrow")
             files += sorted(file for file in location.rglob("*") if file.name.endswith(endings))
         elif not _is_on_hub(entry):

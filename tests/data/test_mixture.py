@@ -3,7 +3,7 @@ import json
 import pytest
 from conftest import conversation
 
-from armo.data.mixture import stream_mixed_pairs, stream_mixed_ratings
+from armo.data.mixture import section_files, stream_mixed_pairs, stream_mixed_ratings
 from armo.data.objectives import ObjectiveSet
 from armo.data.sources import DataError
 
@@ -130,3 +130,33 @@ def test_a_bad_row_is_named_by_its_own_file(folder):
     (folder / "mine" / "b.jsonl").write_text(json.dumps(native(3, ratings={"clarity": 7})))
     with pytest.raises(DataError, match=r"b.jsonl:1: rating 7.* of 'clarity' is outside"):
         mixed(mine={"path": str(folder / "mine")})
+
+
+def test_the_files_to_watch_are_those_that_rows_are_read_from(tmp_path):
+    def touch(name):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+        return tmp_path / name
+
+    deep, flat = touch("steer/preference/train.jsonl"), touch("mine/a.jsonl")
+    touch("mine/run/scores.jsonl")
+    steer, mine = str(tmp_path / "steer"), str(tmp_path / "mine")
+
+    def watched(kind, **section):
+        files = section_files(section, kind=kind)
+        return [file.name if "builtin" in str(file) else file for file in files]
+
+    native = {"_target_": "armo.data.sources.stream_pairs", "path": [mine, "builtin"]}
+    published = {"_target_": "armo.data.adapters.ratings.stream_adapted_ratings", "path": steer}
+    assert watched("lists", _target_=None, path=None) == []
+    assert watched("pairs", **native) == [flat, "preferences.jsonl.gz"], "not what is deeper"
+    assert watched("ratings", **published) == [deep]
+    assert watched("ratings", _target_="my_sets.stream_tickets", path="my-team/tickets") == []
+    assert watched("ratings", _target_="my_sets.stream_other") == []
+    sources = {
+        "helpsteer2": {"path": steer},
+        "ultrafeedback": None,
+        "other": {"dataset": "helpsteer", "path": "nvidia/HelpSteer"},
+        "mine": {"path": mine},
+    }
+    assert watched("ratings", _target_="x", sources=sources) == [deep, flat]

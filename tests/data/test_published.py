@@ -163,14 +163,12 @@ def test_files_to_watch_are_those_on_disk(tmp_path):
         write(tmp_path / "set" / "train.parquet", 1),
     ]
     (tmp_path / "set" / "README.md").write_text("About.")
-    assert local_files(str(tmp_path / "set"), builtin_file="x") == files
-    assert local_files(str(files[0]), builtin_file="x") == files[:1]
-    assert local_files("nvidia/HelpSteer2", builtin_file="x") == []
-    assert local_files([], builtin_file="x") == []
-    (builtin,) = local_files("builtin", builtin_file="ratings.jsonl.gz")
-    assert builtin.name == "ratings.jsonl.gz"
+    assert local_files(str(tmp_path / "set")) == files
+    assert local_files(str(files[0])) == files[:1]
+    assert local_files("nvidia/HelpSteer2") == []
+    assert local_files([]) == []
     with pytest.raises(DataError, match="No such file or folder"):
-        local_files("nowhere.jsonl", builtin_file="x")
+        local_files("nowhere.jsonl")
 
 
 # The hub.
