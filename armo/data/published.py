@@ -123,6 +123,11 @@ def split_files(folder: Path, splits: Sequence[str]) -> list[tuple[str, Path]]:
     return []
 
 
+def column_names(row: Iterable[str]) -> str:
+    """Return the names of columns for a message, on one line whatever they hold."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in row)
+
+
 def read_messages(value: Any, name: str) -> tuple[Message, ...]:
     """Read a conversation: a list of `{"role", "content"}`.
 

@@ -20,7 +20,7 @@ from armo.data.conversation import (
     RatedResponse,
     ResponseList,
 )
-from armo.data.published import PublishedRow, open_rows, read_messages
+from armo.data.published import PublishedRow, column_names, open_rows, read_messages
 from armo.data.sources import DataError, Paths
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Adapter(Generic[RowT]):
             if absent and not number:
                 raise DataError(
                     f"{path}: no column {', '.join(absent)}, which {self.name} needs; there are "
-                    f"{', '.join(row.fields)}"
+                    f"{column_names(row.fields)}"
                 )
             if absent:
                 raise DataError(f"{row.place}: field `{absent[0]}` is missing")
@@ -281,5 +281,5 @@ def rated_sides(
 
 def _present(row: Mapping[str, Any], name: str) -> Any:
     if name not in row:
-        raise ValueError(f"field `{name}` is missing; there are {', '.join(row)}")
+        raise ValueError(f"field `{name}` is missing; there are {column_names(row)}")
     return row[name]

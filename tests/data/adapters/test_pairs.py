@@ -1028,6 +1028,9 @@ def test_pairs_may_judge_an_objective_by_source_or_category(tmp_path):
             "skywork_v0_2", path=path, objectives=objectives, judges=judges
         )
         assert pair.judgements == judgements
+    path = write(tmp_path / "arena", [{**ARENA, "winner": "tie"}])
+    (pair,) = stream_adapted_pairs("arena_33k", path=path, judges={"charm": ["arena_33k"]})
+    assert pair.judgements == {"charm": 0.5}
     with pytest.raises(ValueError, match="'kind' is not declared"):
         stream_adapted_pairs("shp", objectives=objectives, judges={"kind": ["shp"]})
 
@@ -1037,6 +1040,9 @@ def test_what_cannot_be_read_is_one_error_that_names_it(tmp_path):
         stream_adapted_pairs("shpp")
     path = write(tmp_path / "set", [STANDARD])
     with pytest.raises(DataError, match=r"no column history.*which shp needs; there are chosen"):
+        [*stream_adapted_pairs("shp", path=path)]
+    path = write(tmp_path / "lines", [{**STANDARD, "a\nb": 1}])
+    with pytest.raises(DataError, match=r"there are chosen, rejected, 'a\\nb'$"):
         [*stream_adapted_pairs("shp", path=path)]
     path = write(tmp_path / "bad", [SHP, {**SHP, "labels": 3}])
     with pytest.raises(DataError, match=r"train.jsonl:2: field `labels` must be one of 0, 1"):
