@@ -136,12 +136,17 @@ def read_messages(value: Any, name: str) -> tuple[Message, ...]:
     """
     if not isinstance(value, list):
         raise ValueError(f"field `{name}` must be a list of messages, got {value!r:.60}")
+    messages = []
     for k, turn in enumerate(value):
         if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
             raise ValueError(f"field `{name}[{k}]` needs `role` and `content`, got {turn!r:.60}")
         if not isinstance(turn["role"], str) or not isinstance(turn["content"], str):
             raise ValueError(f"field `{name}[{k}]`: `role` and `content` must be text")
-    return tuple(Message(turn["role"], turn["content"]) for turn in value)
+        try:
+            messages.append(Message(turn["role"], turn["content"]))
+        except ValueError as error:
+            raise ValueError(f"field `{name}[{k}]`: {error}") from None
+    return tuple(messages)
 
 
 def _is_on_hub(path: str) -> bool:
