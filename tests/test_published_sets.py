@@ -41,7 +41,8 @@ def test_a_set_brings_its_objectives_and_its_place_on_the_hub(name):
     assert {*data["objectives"]} == {*RATING_SETS[name].objectives}
     assert data["ratings"]["_target_"] == "armo.data.adapters.ratings.stream_adapted_ratings"
     assert data["ratings"]["path"] == RATING_SETS[name].id
-    assert data["ratings"]["revision"] is None
+    converted = "refs/convert/parquet" if name == "summarize_axes" else None
+    assert data["ratings"]["revision"] == converted, "the hub's, of a set with a script"
 
 
 def test_objectives_that_are_chosen_go_before_those_of_the_set():

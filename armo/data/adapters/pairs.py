@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 
 from armo.data.adapters import (
@@ -12,18 +13,19 @@ from armo.data.adapters import (
     conversations,
     labels,
     strengths,
+    summaries,
     transcripts,
 )
 from armo.data.adapters.base import Adapter, find_adapter
 from armo.data.conversation import PreferencePair
 from armo.data.objectives import ObjectiveSet
-from armo.data.sources import Paths, check_judges, judging
+from armo.data.sources import DataError, Paths, check_judges, judging
 
 logger = logging.getLogger(__name__)
 
 PAIR_SETS: dict[str, Adapter[PreferencePair]] = {
     adapter.name: adapter
-    for module in (strengths, transcripts, conversations, labels, comparisons, arena)
+    for module in (strengths, transcripts, conversations, labels, summaries, comparisons, arena)
     for adapter in module.ADAPTERS
 }
 
@@ -59,15 +61,41 @@ def stream_adapted_pairs(
             keeps it.
 
     Raises:
-        DataError: Naming file, row and field, at the first row that cannot be used.
-        ValueError: If there is no such set, or `judges` names an objective that is not declared.
+        DataError: Naming file, row and field, at the first row that cannot be used; or if
+            `min_margin` leaves no pair.
+        ValueError: If there is no such set, `judges` names an objective that is not declared, or
+            `pairs_per_prompt` is not positive.
     """
     judges = check_judges(judges, objectives)
     adapter = find_adapter(dataset, PAIR_SETS)
-    small = many = 0
+    if pairs_per_prompt is not None and pairs_per_prompt < 1:
+        raise ValueError(f"`pairs_per_prompt` must be from 1 on, or null, got {pairs_per_prompt}")
+    rows = adapter.read(path, revision=revision, splits=splits, streaming=streaming)
+    pairs = _thinned(
+        (pair for _, pair in rows),
+        adapter.name,
+        min_margin=min_margin,
+        pairs_per_prompt=pairs_per_prompt,
+    )
+    return map(partial(_judged, judges=judges), pairs)
+
+
+def _judged(pair: PreferencePair, *, judges: Mapping[str, Sequence[str]]) -> PreferencePair:
+    names = judging(judges, pair.source, pair.category)
+    return replace(pair, judgements=dict.fromkeys(names, pair.preference)) if names else pair
+
+
+def _thinned(
+    pairs: Iterator[PreferencePair],
+    name: str,
+    *,
+    min_margin: float,
+    pairs_per_prompt: int | None,
+) -> Iterator[PreferencePair]:
+    small = many = kept = 0
     of_prompt: Counter[bytes] = Counter()
     try:
-        for _, pair in adapter.read(path, revision=revision, splits=splits, streaming=streaming):
+        for pair in pairs:
             if pair.margin is not None and pair.margin < min_margin:
                 small += 1
                 continue
@@ -78,15 +106,17 @@ def stream_adapted_pairs(
                 if of_prompt[prompt] > pairs_per_prompt:
                     many += 1
                     continue
-            named = judging(judges, pair.source, pair.category)
-            yield replace(pair, judgements=dict.fromkeys(named, pair.preference)) if named else pair
+            kept += 1
+            yield pair
     finally:  # also where the reader has enough of it
         if small or many:
             logger.warning(
                 "%s: left out: a margin below %g (%d), more than %s pairs of one prompt (%d)",
-                dataset,
+                name,
                 min_margin,
                 small,
                 pairs_per_prompt,
                 many,
             )
+    if not kept:
+        raise DataError(f"{name}: no pair has a margin from `min_margin={min_margin:g}` on")

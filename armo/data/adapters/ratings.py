@@ -4,7 +4,15 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from armo.data.adapters import argilla, helpsteer, oasst, prometheus, safety, ultrafeedback
+from armo.data.adapters import (
+    argilla,
+    helpsteer,
+    oasst,
+    prometheus,
+    safety,
+    summaries,
+    ultrafeedback,
+)
 from armo.data.adapters.armorm import ARMORM
 from armo.data.adapters.base import Adapter, find_adapter
 from armo.data.conversation import RatedResponse
@@ -32,6 +40,7 @@ RATING_SETS: dict[str, Adapter[RatedResponse]] = {
         argilla.INTEL_ORCA,
         argilla.DISTILABEL_MATH,
         oasst.OASST2,
+        summaries.SUMMARIZE_AXES,
         ARMORM,
     )
 }

@@ -266,7 +266,12 @@ MT_BENCH = {
 
 # By name: a row, the margin, and what else the pair has that others do not have.
 EXPECTED = {
-    "helpsteer2_preference": (STEER2, 2.0, {"preference": 2 / 3, "split": "train"}),
+    "helpsteer2_preference": (STEER2, 2.0, {"preference": 2 / 3}),
+    "helpsteer2_preference_validation": (
+        {**STEER2, "split": "val"},
+        2.0,
+        {"preference": 2 / 3},
+    ),
     "helpsteer3_preference": (STEER3, 1.0, {"preference": 0.75, "category": "code", "turns": 3}),
     "helpsteer3_edit": (EDIT, None, {"category": "stem"}),
     "helpsteer3_edit_quality": (QUALITY, None, {"category": "general"}),
@@ -343,7 +348,7 @@ EXPECTED = {
     "summarize_from_feedback": (
         SUMMARY,
         None,
-        {"prompt": "SUBREDDIT: r/ask\n\nTITLE: Why\n\nPOST: It is.\n\nTL;DR:"},
+        {"prompt": "SUBREDDIT: r/ask\n\nTITLE: Why\n\nPOST: It is.\n\nTL;DR:", "category": "post"},
     ),
     "offsetbias": (
         {"instruction": "Why?", "output_1": "Worse.", "output_2": "Better.", "label": 2},
@@ -388,7 +393,7 @@ def test_a_row_of_each_set_is_a_pair_with_its_margin(name):
     assert (pair.chosen, pair.rejected) == ("Better.", "Worse.")
     assert pair.margin == (None if margin is None else pytest.approx(margin))
     assert pair.preference == pytest.approx(more.get("preference", 1.0))
-    assert (pair.category, pair.split) == (more.get("category", ""), more.get("split"))
+    assert (pair.category, pair.split) == (more.get("category", ""), None)
     assert pair.prompt[-1] == Message("user", more.get("prompt", "Why?"))
     assert len(pair.prompt) == more.get("turns", 1)
     assert (pair.id, pair.source) == (f"{name}/train/1{more.get('id', '')}", name)
@@ -409,7 +414,25 @@ def test_each_set_has_an_option_that_names_it(request):
 
 
 # Values that a column of a published set has now and then, or that a broken file has.
-ODD = (None, "", "N/A", "7", "x", 7, -1, 2.5, True, math.nan, [], [None], ["x"], [{}], {}, {"a": 1})
+ODD = (
+    None,
+    "",
+    "N/A",
+    "7",
+    "x",
+    7,
+    -1,
+    2.5,
+    True,
+    math.nan,
+    math.inf,
+    [],
+    [None],
+    ["x"],
+    [{}],
+    {},
+    {"a": 1},
+)
 
 
 @pytest.mark.parametrize("name", PAIR_SETS)
@@ -506,12 +529,11 @@ def test_strengths_without_usable_votes_are_taken_at_their_word():
             read("helpsteer2_preference", STEER2, preference_strength=strength)
 
 
-@pytest.mark.parametrize(
-    ("said", "split"), [("train", "train"), ("val", "test"), ("validation", "test")]
-)
-def test_the_one_split_of_helpsteer2s_preferences_is_parted_by_its_column(said, split):
-    (pair,), _ = read("helpsteer2_preference", STEER2, split=said)
-    assert pair.split == split
+@pytest.mark.parametrize("said", ["val", "validation"])
+def test_the_one_split_of_helpsteer2s_preferences_is_parted_by_its_column(said):
+    assert "validation" in dropped("helpsteer2_preference", STEER2, split=said)
+    assert len(read("helpsteer2_preference_validation", STEER2, split=said)[0]) == 1
+    assert "training" in dropped("helpsteer2_preference_validation", STEER2)
 
 
 def test_turns_stand_in_the_prompts_of_helpsteer2_and_may_stand_in_a_text_in_helpsteer3():
@@ -667,7 +689,7 @@ def test_summaries_of_news_have_an_article_in_place_of_a_post():
     assert pair.prompt == (Message("user", "ARTICLE: All of it.\n\nTL;DR:"),)
     assert pair.category == "news"
     reason = dropped("summarize_from_feedback", SUMMARY, info={**info, "article": None})
-    assert reason == "neither a post nor an article"
+    assert reason == "a prompt without a user turn at its end"
     (pair,), _ = read("summarize_from_feedback", SUMMARY, choice=0)
     assert pair.chosen == "Worse.", "an index from 0, unlike the labels of other sets"
     with pytest.raises(ValueError, match="`summaries` must have two summaries, has 1"):
@@ -905,13 +927,13 @@ def hub(monkeypatch):
 
 def test_the_hub_is_asked_for_the_part_of_a_set_that_the_adapter_reads(hub):
     sets, asked = hub
-    sets["nvidia/HelpSteer2"] = [STEER2, {**STEER2, "split": "val", "preference_strength": 0}]
+    sets["nvidia/HelpSteer2"] = [STEER2, {**STEER2, "preference_strength": 0}]
     sets["nvidia/HelpSteer3"] = [STEER3]
     sets["lmsys/mt_bench_human_judgments"] = [MT_BENCH]
     pairs = [*stream_adapted_pairs("helpsteer2_preference", revision="abc")]
-    assert [(p.id, p.split, p.preference, p.margin) for p in pairs] == [
-        ("helpsteer2_preference/train/1", "train", pytest.approx(2 / 3), 2.0),
-        ("helpsteer2_preference/train/2", "test", 0.5, 0.0),
+    assert [(p.id, p.preference, p.margin) for p in pairs] == [
+        ("helpsteer2_preference/train/1", pytest.approx(2 / 3), 2.0),
+        ("helpsteer2_preference/train/2", 0.5, 0.0),
     ]
     [*stream_adapted_pairs("helpsteer3_preference")]
     [*stream_adapted_pairs("mt_bench_human")]
@@ -985,6 +1007,10 @@ def test_small_margins_and_many_pairs_of_a_prompt_are_left_out_and_counted(tmp_p
     caplog.clear()
     assert len([*stream_adapted_pairs("shp", path=path)]) == 6
     assert not caplog.records
+    with pytest.raises(DataError, match="shp: no pair has a margin from `min_margin=3` on"):
+        [*stream_adapted_pairs("shp", path=path, min_margin=3)]
+    with pytest.raises(ValueError, match="`pairs_per_prompt` must be from 1 on, or null, got 0"):
+        stream_adapted_pairs("shp", path=path, pairs_per_prompt=0)
     path = write(tmp_path / "arena", [ARENA])
     assert len([*stream_adapted_pairs("arena_33k", path=path, min_margin=1.0)]) == 1
 
@@ -1003,12 +1029,12 @@ def test_pairs_may_judge_an_objective_by_source_or_category(tmp_path):
         )
         assert pair.judgements == judgements
     with pytest.raises(ValueError, match="'kind' is not declared"):
-        [*stream_adapted_pairs("shp", objectives=objectives, judges={"kind": ["shp"]})]
+        stream_adapted_pairs("shp", objectives=objectives, judges={"kind": ["shp"]})
 
 
 def test_what_cannot_be_read_is_one_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match="`dataset` is 'shpp'; there are helpsteer2_preference"):
-        [*stream_adapted_pairs("shpp")]
+        stream_adapted_pairs("shpp")
     path = write(tmp_path / "set", [STANDARD])
     with pytest.raises(DataError, match=r"no column history.*which shp needs; there are chosen"):
         [*stream_adapted_pairs("shp", path=path)]

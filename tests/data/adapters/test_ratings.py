@@ -184,6 +184,18 @@ ANSWER = {
     "labels": {"name": ["spam", "quality", "toxicity"], "value": [0.0, 0.75, 0.25], "count": [3]},
 }
 ANSWER["labels"]["count"] = [3, 3, 3]
+SUMMARY = {
+    "info": {"id": "t3", "post": "It is.", "title": "Why", "subreddit": "ask", "article": None},
+    "summary": {
+        "text": " It is so.",
+        "policy": "sup1",
+        "note": None,
+        "axes": {"overall": 3, "accuracy": 7, "coverage": 1, "coherence": None, "compatible": True},
+    },
+    "worker": "w",
+    "batch": "b",
+    "split": "valid2",
+}
 MERGED_LABELS = RATING_SETS["armorm"].objectives
 MERGED = {"messages": TALK, **dict.fromkeys(MERGED_LABELS)}
 
@@ -204,6 +216,7 @@ ROWS = {
     "intel_orca": [ORCA],
     "distilabel_math": [MATH],
     "oasst2": [ROOT, ANSWER],
+    "summarize_axes": [SUMMARY],
     "armorm": [{**MERGED, "helpsteer-verbosity": 0.1}],
 }
 EACH = pytest.mark.parametrize("name", RATING_SETS)
@@ -628,3 +641,19 @@ def test_the_scales_of_armorm_take_the_ratings_of_the_sets_themselves():
     for name, rating in ratings["The Nile."].items():
         unit = objectives.objectives[objectives.index(name)].to_unit(rating)
         assert unit == pytest.approx((rating + 0.5) / 5)
+
+
+def test_summaries_are_rated_on_axes_of_which_some_are_null():
+    (row,) = RATING_SETS["summarize_axes"].rows(SUMMARY, "id")
+    assert row.ratings == {
+        "summarize-overall": 3.0,
+        "summarize-accuracy": 7.0,
+        "summarize-coverage": 1.0,
+    }
+    asked = "SUBREDDIT: r/ask\n\nTITLE: Why\n\nPOST: It is.\n\nTL;DR:"
+    assert (row.prompt[0].content, row.conversation.response) == (asked, "It is so.")
+    news = {"post": None, "title": "T", "subreddit": None, "article": "All of it."}
+    (row,) = RATING_SETS["summarize_axes"].rows({**SUMMARY, "info": news}, "id")
+    assert (row.prompt[0].content, row.category) == ("ARTICLE: All of it.\n\nTL;DR:", "news")
+    for empty in (None, {"text": "So."}, {"text": "So.", "axes": {"overall": "N/A"}}):
+        assert made("summarize_axes", {**SUMMARY, "summary": empty}) == ({}, ["no rating"])
