@@ -127,7 +127,7 @@ def embed_conversations(
         text = group.responses[error.response or 0]
         what = "segment" if along else "conversation"
         named = BackboneError(f"{what} {of_prompt[text]}: {error}")
-        named.group = of_prompt[text]
+        named.group, named.response = of_prompt[text], error.response
         raise named from None
     places = {
         prompt: (k, {text: n for n, text in enumerate(texts)})

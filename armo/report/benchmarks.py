@@ -16,8 +16,9 @@ from armo.data.benchmarks import (
     TIES,
     Benchmark,
 )
-from armo.data.conversation import ResponseList, prompt_group
+from armo.data.conversation import ResponseList
 from armo.fit.preferences import ranked_right
+from armo.report.lists import list_of_response, prompt_of_list
 
 # How much a subset of RewardBench counts in its section: the number of its rows, but for the 447
 # of math-prm, which count as much as all code.
@@ -148,7 +149,7 @@ def benchmark_credits(benchmark: Benchmark, scores: Float[Tensor, "models respon
             f"`scores` has {scores.shape[1]} columns, but {benchmark.name} has "
             f"{int(counts.sum())} responses"
         )
-    list_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    list_of = list_of_response(benchmark.rows)
     unscored = torch.zeros(len(scores), len(counts), dtype=torch.float64)
     unscored = unscored.index_add(1, list_of, scores.isnan().double()) > 0
     settled = scores.double().masked_fill(unscored[:, list_of], 0.0)
@@ -161,15 +162,10 @@ def benchmark_credits(benchmark: Benchmark, scores: Float[Tensor, "models respon
             f"{most}{int(missing.max())} of {len(counts)} prompts have a response without a score, "
             f"as it is too long; all responses to such a prompt tie"
         )
-    numbers: dict[str, int] = {}
-    groups = [
-        numbers.setdefault(prompt_group(benchmark.rows[number].prompt), len(numbers))
-        for number in counted.row_of_unit
-    ]
     return Credits(
         parts=counted.parts,
         values=counted.values,
-        prompts=torch.tensor(groups, dtype=torch.int64),
+        prompts=prompt_of_list([benchmark.rows[number] for number in counted.row_of_unit]),
         lines=tuple(
             Line(label, depth, tuple(float(weights.get(part, 0.0)) for part in counted.parts))
             for label, depth, weights in counted.lines

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from armo.data.conversation import ResponseList, prompt_group
+from armo.data.conversation import ResponseList
 from armo.data.surface import MARKS, SURFACE_FEATURES
 from armo.fit.decorrelation import deviate
+from armo.report.lists import prompt_of_list
 from armo.report.metrics import bootstrap_estimates
 from armo.report.tables import Table
 
@@ -237,10 +238,8 @@ def _lists_that_count(
     rows: Sequence[ResponseList], scored: Bool[Tensor, " responses"]
 ) -> tuple[list[tuple[int, Int[Tensor, " members"]]], tuple[int, ...], int]:
     """Return prompt group and responses of the lists that are long enough, the N, the others."""
-    numbers: dict[str, int] = {}
     kept, start = [], 0
-    for row in rows:
-        group = numbers.setdefault(prompt_group(row.prompt), len(numbers))
+    for group, row in zip(prompt_of_list(rows).tolist(), rows, strict=True):
         members = start + scored[start : start + len(row.responses)].nonzero()[:, 0]
         start += len(row.responses)
         if len(members) > 1:

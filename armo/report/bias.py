@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from armo.data.conversation import ResponseList, prompt_group
+from armo.data.conversation import ResponseList
 from armo.data.rewrite import PATTERNS, add_pattern, remove_pattern
 from armo.data.surface import SURFACE_FEATURES, surface_features
 from armo.fit.decorrelation import deviate
+from armo.report.lists import list_of_response, prompt_of_list
 from armo.report.metrics import (
     Interval,
     bootstrap_contrasts,
@@ -115,7 +116,7 @@ def probe_table(
         raise ValueError("`probes` must have two responses each: plain, then patterned.")
     versions = scores.double().reshape(len(names), len(probes), 2)
     known = ~versions.isnan().any(2).any(0)
-    prompts = _prompts(probes)[known]
+    prompts = prompt_of_list(probes)[known]
     kinds = [probe.category for probe, there in zip(probes, known.tolist(), strict=True) if there]
     patterns = sorted(
         dict.fromkeys(kinds), key=lambda name: [*PATTERNS, name].index(name)
@@ -169,8 +170,8 @@ def preference_bias_table(rows: Sequence[ResponseList], *, seed: int = 0) -> Tab
     right = torch.tensor(
         [rank == min(row.ranking) for row in useful for rank in row.ranking], dtype=torch.bool
     )
-    of = _list_of(useful)
-    prompts = _prompts(useful)[of]
+    of = list_of_response(useful)
+    prompts = prompt_of_list(useful)[of]
     rows_shown = []
     for pattern, feature in PATTERNS.items() if useful else ():
         measured = features[:, SURFACE_FEATURES.index(feature)]
@@ -236,8 +237,8 @@ def length_bias_table(
     """
     _check(names, scores, rows)
     known = ~scores.isnan().any(0)  # the same responses for every model
-    of = _list_of(rows)[known]
-    prompts = _prompts(rows)
+    of = list_of_response(rows)[known]
+    prompts = prompt_of_list(rows)
     ranks = torch.tensor([rank for row in rows for rank in row.ranking], dtype=torch.float64)[known]
     length = surface[known, _LENGTH].double()
     better, worse = _ordered(ranks, of)
@@ -300,18 +301,6 @@ def _check(
             f"`scores` must have the shape {expected}, a row per name and a column per response, "
             f"got {tuple(scores.shape)}."
         )
-
-
-def _prompts(rows: Sequence[ResponseList]) -> Int[Tensor, " lists"]:
-    """Number of the prompt group of each list."""
-    numbers: dict[str, int] = {}
-    groups = [numbers.setdefault(prompt_group(row.prompt), len(numbers)) for row in rows]
-    return torch.tensor(groups, dtype=torch.long)
-
-
-def _list_of(rows: Sequence[ResponseList]) -> Int[Tensor, " responses"]:
-    counts = torch.tensor([len(row.responses) for row in rows], dtype=torch.long)
-    return torch.arange(len(rows)).repeat_interleave(counts)
 
 
 def _mean(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from armo.data.conversation import ResponseList
 from armo.fit.decorrelation import deviate, spearman
+from armo.report.lists import list_of_response
 from armo.report.scoring import ScoredLists
 from armo.report.tables import Table
 
@@ -53,9 +54,7 @@ def correlation_table(rows: Sequence[ResponseList], models: Mapping[str, ScoredL
         rows: The lists; those of one response say nothing.
         models: What each model says of their responses, by its name.
     """
-    lists = torch.arange(len(rows)).repeat_interleave(
-        torch.tensor([len(row.responses) for row in rows])
-    )
+    lists = list_of_response(rows)
     entries: list[tuple[str, str, str, float, float]] = []
     for name, scored in models.items():
         known = ~scored.score.isnan()

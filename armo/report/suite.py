@@ -12,7 +12,7 @@ from torch import Tensor
 
 from armo.artifacts import write_text
 from armo.data.benchmarks import Benchmark
-from armo.data.conversation import ResponseList, prompt_group
+from armo.data.conversation import ResponseList
 from armo.data.rated_lists import RatedLists
 from armo.embed.lists import EmbeddedLists, embed_lists
 from armo.model.reward_model import ArmoRewardModel
@@ -20,6 +20,7 @@ from armo.report.abstention import abstention_tables
 from armo.report.best_of_n import best_of_n_table
 from armo.report.bias import length_bias_table, preference_bias_table, probe_table
 from armo.report.calibration import calibration_tables
+from armo.report.lists import prompt_of_list
 from armo.report.reasons import correlation_table, weights_table
 from armo.report.reward_bench_files import reward_bench_files
 from armo.report.scoring import ScoredLists, score_lists
@@ -246,10 +247,9 @@ def right_and_wrong(
     """
     right: list[int] = []
     wrong: list[int] = []
-    prompts: list[int] = []
-    numbers: dict[str, int] = {}
+    lists: list[int] = []
     start = 0
-    for row in rows:
+    for number, row in enumerate(rows):
         ranks = row.ranking
         pairs = [
             (start + i, start + j)
@@ -263,9 +263,8 @@ def right_and_wrong(
         kept = [pairs[int(k * step)] for k in range(min(len(pairs), PAIRS_OF_LIST))]
         right += [i for i, _ in kept]
         wrong += [j for _, j in kept]
-        group = numbers.setdefault(prompt_group(row.prompt), len(numbers))
-        prompts += [group] * len(kept)
-    return torch.tensor(right), torch.tensor(wrong), torch.tensor(prompts)
+        lists += [number] * len(kept)
+    return torch.tensor(right), torch.tensor(wrong), prompt_of_list(rows)[lists]
 
 
 def _ends(rows: Sequence[ResponseList]) -> list[int]:

@@ -258,6 +258,26 @@ def test_a_hub_that_fails_is_one_line_that_says_what_to_do(hub):
         numbers("a/b")
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_datasets_itself_takes_these_settings(streaming, tmp_path, monkeypatch):
+    # A folder stands for the hub: `datasets` reads both in the same way.
+    write(tmp_path / "preference" / "train.jsonl", 1, 2)
+    write(tmp_path / "preference" / "validation.jsonl", 3)
+    write(tmp_path / "train.jsonl", 9)
+    monkeypatch.setattr("armo.data.published._is_on_hub", lambda _: True)
+    rows = [
+        *open_rows(
+            str(tmp_path),
+            splits=("train", "validation"),
+            folder="preference",
+            streaming=streaming,
+        )
+    ]
+    assert [row.fields for row in rows] == [{"n": 1}, {"n": 2}, {"n": 3}]
+    with pytest.raises(DataError, match=r"split test: .* \(\w*Error: .*give a local folder"):
+        numbers(str(tmp_path), ("test",), folder="preference", streaming=streaming)
+
+
 def test_a_stream_that_breaks_says_after_which_row(hub):
     def breaking():
         yield {"n": 1}
