@@ -134,7 +134,9 @@ def train(cfg: DictConfig) -> float | None:
     """
     from armo import stages
     from armo.artifacts import exclusive
+    from armo.data.mixture import section_files
     from armo.data.objectives import ObjectiveSet
+    from armo.data.sources import BUILTIN_FILES
     from armo.embed.extract import outer_rank
 
     _quieten()  # once more: Lightning sets its own log level when it is imported
@@ -191,16 +193,15 @@ def train(cfg: DictConfig) -> float | None:
             run,
             settings={"data": plain(cfg.data), "embed": _lasting(plain(cfg.embed))},
             objectives=ObjectiveSet.from_mapping(plain(cfg.data.objectives)),
-            paths={
-                "ratings": plain(cfg.data.ratings)["path"],
-                "pairs": plain(cfg.data.pairs)["path"],
-                "lists": plain(lists)["path"],
-                "benchmark": plain(benchmark)["path"],
-            },
+            files=[
+                file
+                for kind in BUILTIN_FILES
+                for file in section_files(plain(cfg.data[kind]), kind=kind)
+            ],
             stream_ratings=_build(cfg.data.ratings),
             stream_pairs=_build(cfg.data.pairs),
-            stream_lists=_build(lists) if lists.path is not None else None,
-            stream_benchmark=_build(benchmark) if benchmark.path is not None else None,
+            stream_lists=_build(lists) if lists._target_ is not None else None,
+            stream_benchmark=_build(benchmark) if benchmark._target_ is not None else None,
             backbone=_build(backbone),
             team=_build(cfg.embed.trainer),
             backbone_id=(plain(backbone)["spec"]["id"], backbone.spec.revision),
@@ -431,15 +432,13 @@ def _training_prompts(run: Path, model: Any, *, texts: Path) -> Any:
         raise ArtifactError(f"`run`: {run} has no finished `embed` stage")
     training = TrainingPrompts.load(folder, model=model)
     data = read_json(folder / MANIFEST)["settings"]["data"]
-    kinds = [
-        data.get(kind) or {"path": None} for kind in ("ratings", "pairs", "lists", "benchmark")
-    ]
+    kinds = [data.get(kind) or {} for kind in ("ratings", "pairs", "lists", "benchmark")]
     # A run is data: what it names is called only where it is armo's own way to read rows.
     if not all(name.startswith("armo.data.") for name in _targets(kinds)):
         return training
     objectives = ObjectiveSet.from_mapping(data["objectives"])
     ratings, pairs, lists, benchmark = (
-        instantiate(section, _convert_="all") if section["path"] is not None else lambda **_: ()
+        instantiate(section, _convert_="all") if section.get("_target_") else lambda **_: ()
         for section in kinds
     )
     try:

@@ -31,7 +31,6 @@ from armo.artifacts import (
 )
 from armo.data.conversation import PreferencePair, RatedResponse, ResponseList
 from armo.data.objectives import ObjectiveSet
-from armo.data.sources import BUILTIN_FILES, Paths, data_files
 from armo.data.surface import SURFACE_FEATURES, SURFACE_VERSION
 from armo.embed.backbone import Backbone, find_weights, weights_digest
 from armo.embed.extract import (
@@ -227,7 +226,7 @@ def run_embed(
     *,
     settings: Any,
     objectives: ObjectiveSet,
-    paths: Mapping[str, Paths | None],
+    files: Iterable[Path],
     stream_ratings: Callable[..., Iterator[RatedResponse]],
     stream_pairs: Callable[..., Iterator[PreferencePair]],
     stream_lists: Callable[..., Iterator[ResponseList]] | None,
@@ -245,8 +244,8 @@ def run_embed(
         run: The run.
         settings: The `data` and `embed` sections of the configuration.
         objectives: The declared objectives.
-        paths: Data files of `ratings`, `pairs`, `lists` and `benchmark`, to notice when they
-            change.
+        files: All that the rows are read from, to notice when they change. Of a set on the hub,
+            the settings have its revision.
         stream_ratings: Reads the rated responses, given `objectives`.
         stream_pairs: Reads the preference pairs, given `objectives`.
         stream_lists: Reads response lists to train on, if there are any.
@@ -258,12 +257,7 @@ def run_embed(
         min_ratings: Training ratings that each objective needs.
         shard_rows: Responses per shard of the store, about.
     """
-    inputs = {
-        str(file): digest_file(file)
-        for kind, path in paths.items()
-        if path is not None
-        for file in data_files(path, builtin_file=BUILTIN_FILES[kind])
-    }
+    inputs = {str(file): digest_file(file) for file in files}
     folder, revision = backbone_id
     inputs["backbone"] = weights_digest(find_weights(folder, revision=revision))
     inputs["covariates"] = digest_json([SURFACE_FEATURES, SURFACE_VERSION])

@@ -15,7 +15,13 @@ from typing import Any
 
 from armo.data.checks import GroupSplits
 from armo.data.conversation import Message, PreferencePair, Prompt, ResponseList
-from armo.data.published import PublishedRow, open_rows, read_messages, split_files
+from armo.data.published import (
+    PublishedRow,
+    column_names,
+    open_rows,
+    read_messages,
+    split_files,
+)
 from armo.data.sources import (
     BUILTIN,
     BUILTIN_FILES,
@@ -482,13 +488,13 @@ def _with_domain(row: PublishedRow) -> PublishedRow:
 
 def _text(row: Mapping[str, Any], name: str) -> str:
     if name not in row:
-        raise ValueError(f"field `{name}` is missing; there are {', '.join(row)}")
+        raise ValueError(f"field `{name}` is missing; there are {column_names(row)}")
     return _checked(row[name], name)
 
 
 def _texts(row: Mapping[str, Any], name: str) -> list[str]:
     if name not in row:
-        raise ValueError(f"field `{name}` is missing; there are {', '.join(row)}")
+        raise ValueError(f"field `{name}` is missing; there are {column_names(row)}")
     if not isinstance(row[name], list):
         raise ValueError(f"field `{name}` must be a list of text, got {row[name]!r:.60}")
     return [_checked(text, f"{name}[{k}]") for k, text in enumerate(row[name])]

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from armo.data.conversation import Message
-from armo.data.sources import SUFFIXES, DataError, Paths, matching_files, read_rows
+from armo.data.sources import (
+    SUFFIXES,
+    DataError,
+    Paths,
+    matching_files,
+    read_rows,
+)
 
 FILES = (*SUFFIXES, ".json", ".json.gz")
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
@@ -117,6 +123,11 @@ def split_files(folder: Path, splits: Sequence[str]) -> list[tuple[str, Path]]:
     return []
 
 
+def column_names(row: Iterable[str]) -> str:
+    """Return the names of columns for a message, on one line whatever they hold."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in row)
+
+
 def read_messages(value: Any, name: str) -> tuple[Message, ...]:
     """Read a conversation: a list of `{"role", "content"}`.
 
@@ -125,12 +136,17 @@ def read_messages(value: Any, name: str) -> tuple[Message, ...]:
     """
     if not isinstance(value, list):
         raise ValueError(f"field `{name}` must be a list of messages, got {value!r:.60}")
+    messages = []
     for k, turn in enumerate(value):
         if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
             raise ValueError(f"field `{name}[{k}]` needs `role` and `content`, got {turn!r:.60}")
         if not isinstance(turn["role"], str) or not isinstance(turn["content"], str):
             raise ValueError(f"field `{name}[{k}]`: `role` and `content` must be text")
-    return tuple(Message(turn["role"], turn["content"]) for turn in value)
+        try:
+            messages.append(Message(turn["role"], turn["content"]))
+        except ValueError as error:
+            raise ValueError(f"field `{name}[{k}]`: {error}") from None
+    return tuple(messages)
 
 
 def _is_on_hub(path: str) -> bool:

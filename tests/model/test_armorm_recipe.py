@@ -66,7 +66,7 @@ def test_the_recipe_is_that_of_the_paper(composed):
     assert gating["keep"] == "gate"
     assert fit["trainer"]["max_steps"] == 10_000
     assert "ArmoRM-Multi-Objective-Data-v0.1" in composed["data"]["ratings"]["path"]
-    assert len(composed["data"]["pairs"]["path"]) == 10
+    assert len(composed["data"]["pairs"]["sources"]) == 10
 
 
 def write_sets(folder, names):
@@ -86,11 +86,16 @@ def write_sets(folder, names):
             }
             ratings.append({"messages": conversation(prompt, text), **labels})
         first, second = sorted([answer(), answer()], key=lambda text: text.count("egg"))
+        # Some sets have scores, one has ratings.
         pairs.append(
-            {"chosen": conversation(prompt, second), "rejected": conversation(prompt, first)}
+            {
+                **{"chosen": conversation(prompt, second), "chosen_score": 2, "chosen_rating": 2},
+                **{"rejected": conversation(prompt, first), "rejected_score": 1},
+                "rejected_rating": 1,
+            }
         )
     paths = []
-    for name, rows in (("Ratings/data", ratings), ("Some-standard/data", pairs)):
+    for name, rows in (("Ratings/data", ratings), ("Pairs/data", pairs)):
         (folder / name).mkdir(parents=True)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / name / "train.jsonl").write_text(text)
@@ -104,7 +109,10 @@ def test_the_recipe_runs_and_its_model_goes_into_the_published_layout(composed, 
     backbone = write_checkpoint(tmp_path / "llama", shards=1)
     small = {
         "data.ratings.path": ratings,
-        "data.pairs.path": f"[{pairs}]",
+        **{
+            f"data.pairs.sources.{name}.path": pairs
+            for name in composed["data"]["pairs"]["sources"]
+        },
         "data.min_ratings": 2,
         "embed.backbone.spec.id": backbone,
         "embed.backbone.spec.max_tokens": 256,

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from armo.data.adapters.base import Adapter, Dropped, text
-from armo.data.adapters.paired import choice, messages, objects, ordered_pair
+from armo.data.adapters.base import Adapter, Dropped, objects, text
+from armo.data.adapters.paired import choice, messages, ordered_pair
 from armo.data.conversation import Message, PreferencePair, Prompt
 
 # Probability that model A's answer is the better one, by the vote.
@@ -113,7 +113,7 @@ def _pair(
 def _side(row: Mapping[str, Any], name: str) -> Prompt | None:
     """Messages of blocks; None where one is no text."""
     read = []
-    for k, message in enumerate(objects(row, name)):
+    for k, message in enumerate(objects(row, name, "role", "content")):
         blocks = objects(message, "content")
         if any(block.get("type", "text") != "text" or block.get("image") for block in blocks):
             return None

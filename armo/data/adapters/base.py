@@ -20,7 +20,7 @@ from armo.data.conversation import (
     RatedResponse,
     ResponseList,
 )
-from armo.data.published import PublishedRow, open_rows, read_messages
+from armo.data.published import PublishedRow, column_names, open_rows, read_messages
 from armo.data.sources import DataError, Paths
 
 logger = logging.getLogger(__name__)
@@ -103,19 +103,21 @@ class Adapter(Generic[RowT]):
         )
         dropped: Counter[str] = Counter()
         kept = 0
-        for row in published if self.gather is None else self.gather(published):
-            try:
-                for native in self.rows(row.fields, f"{self.name}/{row.key}"):
-                    if isinstance(native, Dropped):
-                        dropped[native.reason] += 1
-                    else:
-                        kept += 1
-                        yield row.place, native
-            except ValueError as error:
-                raise DataError(f"{row.place}: {error}") from None
-        if dropped:
-            reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
-            logger.warning("%s: %d rows; left out: %s", path, kept, reasons)
+        try:
+            for row in published if self.gather is None else self.gather(published):
+                try:
+                    for native in self.rows(row.fields, f"{self.name}/{row.key}"):
+                        if isinstance(native, Dropped):
+                            dropped[native.reason] += 1
+                        else:
+                            kept += 1
+                            yield row.place, native
+                except ValueError as error:
+                    raise DataError(f"{row.place}: {error}") from None
+        finally:  # also where the reader has enough of it
+            if dropped:
+                reasons = ", ".join(f"{why} ({count})" for why, count in dropped.most_common())
+                logger.warning("%s: %d rows; left out: %s", path, kept, reasons)
         if not kept:
             raise DataError(f"{path}: no rows")
 
@@ -125,11 +127,24 @@ class Adapter(Generic[RowT]):
             if absent and not number:
                 raise DataError(
                     f"{path}: no column {', '.join(absent)}, which {self.name} needs; there are "
-                    f"{', '.join(row.fields)}"
+                    f"{column_names(row.fields)}"
                 )
             if absent:
                 raise DataError(f"{row.place}: field `{absent[0]}` is missing")
             yield row
+
+
+def find_adapter(dataset: str | Adapter[RowT], known: Mapping[str, Adapter[RowT]]) -> Adapter[RowT]:
+    """Return the adapter of a set that is known by its name, or one of your own.
+
+    Raises:
+        ValueError: If there is no set of that name.
+    """
+    if isinstance(dataset, Adapter):
+        return dataset
+    if dataset not in known:
+        raise ValueError(f"`dataset` is {dataset!r}; there are {', '.join(known)}")
+    return known[dataset]
 
 
 def rated_response(
@@ -266,5 +281,5 @@ def rated_sides(
 
 def _present(row: Mapping[str, Any], name: str) -> Any:
     if name not in row:
-        raise ValueError(f"field `{name}` is missing; there are {', '.join(row)}")
+        raise ValueError(f"field `{name}` is missing; there are {column_names(row)}")
     return row[name]

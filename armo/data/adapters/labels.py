@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from armo.data.adapters.base import Adapter, Dropped, listed, rating, text, truth
-from armo.data.adapters.paired import choice, difference, objects, optional_text, ordered_pair, pair
+from armo.data.adapters.paired import choice, difference, optional_text, ordered_pair, pair
 from armo.data.conversation import Message, PreferencePair, Prompt
 from armo.data.published import PublishedRow
 
@@ -58,36 +58,6 @@ def shp_pair(row: Mapping[str, Any], id: str) -> Iterator[PreferencePair | Dropp
         margin=math.log(ratio),
         category=re.sub("_(train|validation|test)$", "", optional_text(row, "domain")),
     )
-
-
-def summary_pair(row: Mapping[str, Any], id: str) -> Iterator[PreferencePair | Dropped]:
-    """Make a pair of a comparison in `summarize_from_feedback`.
-
-    The annotators' confidence is no margin here: which end of its scale means what is not
-    documented.
-
-    Args:
-        row: `info` with `subreddit`, `title` and `post`, or with `article` where there is no post;
-            `summaries`, two with a `text`; `choice`, the index of the better one.
-        id: Of the row.
-    """
-    info = row["info"]
-    if not isinstance(info, Mapping):
-        raise ValueError(f"field `info` must be an object, got {info!r:.60}")
-    post, article = optional_text(info, "post"), optional_text(info, "article")
-    if post.strip():
-        head = f"SUBREDDIT: r/{optional_text(info, 'subreddit')}\n\n"
-        asked = f"{head}TITLE: {optional_text(info, 'title')}\n\nPOST: {post}\n\nTL;DR:"
-    elif article.strip():
-        asked = f"ARTICLE: {article}\n\nTL;DR:"
-    else:
-        yield Dropped("neither a post nor an article")
-        return
-    texts = [text(summary, "text").strip() for summary in objects(row, "summaries")]
-    if len(texts) != 2:
-        raise ValueError(f"field `summaries` must have two summaries, has {len(texts)}")
-    first = float(choice(row, "choice", (0, 1)) == 0)
-    yield ordered_pair(id, _user(asked), texts, first=first, category="" if post else "news")
 
 
 def offsetbias_pair(row: Mapping[str, Any], id: str) -> Iterator[PreferencePair | Dropped]:
@@ -203,13 +173,6 @@ ADAPTERS: tuple[Adapter[PreferencePair], ...] = (
         "stanfordnlp/SHP",
         ("history", "human_ref_A", "human_ref_B", "labels", "score_ratio"),
         shp_pair,
-    ),
-    Adapter(
-        "summarize_from_feedback",
-        "openai/summarize_from_feedback",
-        ("info", "summaries", "choice"),
-        summary_pair,
-        config="comparisons",
     ),
     Adapter(
         "offsetbias",

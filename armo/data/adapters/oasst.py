@@ -16,7 +16,7 @@ def oasst_conversations(rows: Iterable[PublishedRow]) -> Iterator[PublishedRow]:
     """Put conversations together from messages that name the one before them, `parent_id`.
 
     Yields one row for each assistant's message that was not deleted: `messages`, from the root to
-    it, with `labels` and `lang`. All messages are held in memory.
+    it, beside the fields of its own. All messages are held in memory.
 
     Raises:
         DataError: If a message's parent is not there, or it is among its own.
@@ -25,8 +25,7 @@ def oasst_conversations(rows: Iterable[PublishedRow]) -> Iterator[PublishedRow]:
     for row in messages.values():
         if row.fields["role"] != "assistant" or row.fields.get("deleted") is True:
             continue
-        fields = {name: row.fields[name] for name in ("labels", "lang")}
-        yield row._replace(fields={"messages": _turns(row, messages), **fields})
+        yield row._replace(fields={**row.fields, "messages": _turns(row, messages)})
 
 
 def _turns(row: PublishedRow, messages: Mapping[str, PublishedRow]) -> list[dict[str, str]]:
@@ -57,7 +56,7 @@ def oasst2_rows(row: Mapping[str, Any], id: str) -> Iterator[RatedResponse | Dro
     names, values = listed(labels, "name"), listed(labels, "value")
     if len(names) != len(values):
         raise ValueError(f"field `labels` has {len(names)} names and {len(values)} values")
-    given = dict(zip(names, values, strict=True))
+    given = {str(name): value for name, value in zip(names, values, strict=True)}
     *prompt, answer = read_messages(row["messages"], "messages")
     yield rated_response(
         "oasst2",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from armo.data.adapters.base import Dropped, is_prompt, listed, rating, text
+from armo.data.adapters.base import Dropped, is_prompt, rating, text
 from armo.data.conversation import PreferencePair, Prompt
 from armo.data.published import read_messages
 
@@ -26,19 +26,6 @@ def choice(row: Mapping[str, Any], name: str, allowed: Sequence[Any]) -> Any:
 def optional_text(row: Mapping[str, Any], name: str) -> str:
     """Return a text, empty if the row has none."""
     return text(row, name) if name in row else ""
-
-
-def objects(row: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """Return a list of objects, empty if it is null.
-
-    Raises:
-        ValueError: Naming the field that is missing or something else.
-    """
-    values = listed(row, name)
-    for k, value in enumerate(values):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"field `{name}[{k}]` must be an object, got {value!r:.60}")
-    return values
 
 
 def messages(row: Mapping[str, Any], name: str) -> Prompt:

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 
 from armo.data.adapters import (
@@ -12,24 +13,25 @@ from armo.data.adapters import (
     conversations,
     labels,
     strengths,
+    summaries,
     transcripts,
 )
-from armo.data.adapters.base import Adapter
+from armo.data.adapters.base import Adapter, find_adapter
 from armo.data.conversation import PreferencePair
 from armo.data.objectives import ObjectiveSet
-from armo.data.sources import Paths, check_judges, judging
+from armo.data.sources import DataError, Paths, check_judges, judging
 
 logger = logging.getLogger(__name__)
 
 PAIR_SETS: dict[str, Adapter[PreferencePair]] = {
     adapter.name: adapter
-    for module in (strengths, transcripts, conversations, labels, comparisons, arena)
+    for module in (strengths, transcripts, conversations, labels, summaries, comparisons, arena)
     for adapter in module.ADAPTERS
 }
 
 
 def stream_adapted_pairs(
-    dataset: str,
+    dataset: str | Adapter[PreferencePair],
     *,
     objectives: ObjectiveSet | None = None,
     path: Paths | None = None,
@@ -45,7 +47,8 @@ def stream_adapted_pairs(
     What the adapter drops, and what the two limits leave out, is counted and logged.
 
     Args:
-        dataset: Its name here, one of `PAIR_SETS`; the source of its pairs.
+        dataset: Its name here, one of `PAIR_SETS`, or an adapter of your own; the source of
+            its pairs.
         objectives: The declared objectives, for `judges`. Without, any objective.
         path: Id on the hub, or a file, a folder, a pattern, or a list of them, in the published
             form; the set on the hub, if None.
@@ -58,34 +61,62 @@ def stream_adapted_pairs(
             keeps it.
 
     Raises:
-        DataError: Naming file, row and field, at the first row that cannot be used.
-        ValueError: If there is no such set, or `judges` names an objective that is not declared.
+        DataError: Naming file, row and field, at the first row that cannot be used; or if
+            `min_margin` leaves no pair.
+        ValueError: If there is no such set, `judges` names an objective that is not declared, or
+            `pairs_per_prompt` is not positive.
     """
-    if dataset not in PAIR_SETS:
-        raise ValueError(f"`dataset` is {dataset!r}; there are {', '.join(PAIR_SETS)}")
     judges = check_judges(judges, objectives)
-    adapter = PAIR_SETS[dataset]
-    small = many = 0
+    adapter = find_adapter(dataset, PAIR_SETS)
+    if pairs_per_prompt is not None and pairs_per_prompt < 1:
+        raise ValueError(f"`pairs_per_prompt` must be from 1 on, or null, got {pairs_per_prompt}")
+    rows = adapter.read(path, revision=revision, splits=splits, streaming=streaming)
+    pairs = _thinned(
+        (pair for _, pair in rows),
+        adapter.name,
+        min_margin=min_margin,
+        pairs_per_prompt=pairs_per_prompt,
+    )
+    return map(partial(_judged, judges=judges), pairs)
+
+
+def _judged(pair: PreferencePair, *, judges: Mapping[str, Sequence[str]]) -> PreferencePair:
+    names = judging(judges, pair.source, pair.category)
+    return replace(pair, judgements=dict.fromkeys(names, pair.preference)) if names else pair
+
+
+def _thinned(
+    pairs: Iterator[PreferencePair],
+    name: str,
+    *,
+    min_margin: float,
+    pairs_per_prompt: int | None,
+) -> Iterator[PreferencePair]:
+    small = many = kept = 0
     of_prompt: Counter[bytes] = Counter()
-    for _, pair in adapter.read(path, revision=revision, splits=splits, streaming=streaming):
-        if pair.margin is not None and pair.margin < min_margin:
-            small += 1
-            continue
-        if pairs_per_prompt is not None:
-            # A digest, since prompts are long and many.
-            prompt = blake2b(repr(pair.prompt).encode(), digest_size=16).digest()
-            of_prompt[prompt] += 1
-            if of_prompt[prompt] > pairs_per_prompt:
-                many += 1
+    try:
+        for pair in pairs:
+            if pair.margin is not None and pair.margin < min_margin:
+                small += 1
                 continue
-        named = judging(judges, pair.source, pair.category)
-        yield replace(pair, judgements=dict.fromkeys(named, pair.preference)) if named else pair
-    if small or many:
-        logger.warning(
-            "%s: left out %d pairs with a margin below %g, %d beyond %s of one prompt",
-            adapter.id if path is None else path,
-            small,
-            min_margin,
-            many,
-            pairs_per_prompt,
-        )
+            if pairs_per_prompt is not None:
+                # A digest, since prompts are long and many.
+                prompt = blake2b(repr(pair.prompt).encode(), digest_size=16).digest()
+                of_prompt[prompt] += 1
+                if of_prompt[prompt] > pairs_per_prompt:
+                    many += 1
+                    continue
+            kept += 1
+            yield pair
+    finally:  # also where the reader has enough of it
+        if small or many:
+            logger.warning(
+                "%s: left out: a margin below %g (%d), more than %s pairs of one prompt (%d)",
+                name,
+                min_margin,
+                small,
+                pairs_per_prompt,
+                many,
+            )
+    if not kept:
+        raise DataError(f"{name}: no pair has a margin from `min_margin={min_margin:g}` on")

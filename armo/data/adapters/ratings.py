@@ -1,14 +1,25 @@
 """Published sets of rated responses, by the names that `data/ratings=` knows."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from armo.data.adapters import argilla, helpsteer, oasst, prometheus, safety, ultrafeedback
+from armo.data.adapters import (
+    argilla,
+    helpsteer,
+    oasst,
+    prometheus,
+    safety,
+    summaries,
+    ultrafeedback,
+)
 from armo.data.adapters.armorm import ARMORM
-from armo.data.adapters.base import Adapter
+from armo.data.adapters.base import Adapter, find_adapter
 from armo.data.conversation import RatedResponse
 from armo.data.objectives import Objective, ObjectiveSet
 from armo.data.sources import DataError, Paths
+
+logger = logging.getLogger(__name__)
 
 RATING_SETS: dict[str, Adapter[RatedResponse]] = {
     adapter.name: adapter
@@ -29,13 +40,14 @@ RATING_SETS: dict[str, Adapter[RatedResponse]] = {
         argilla.INTEL_ORCA,
         argilla.DISTILABEL_MATH,
         oasst.OASST2,
+        summaries.SUMMARIZE_AXES,
         ARMORM,
     )
 }
 
 
 def stream_adapted_ratings(
-    dataset: str,
+    dataset: str | Adapter[RatedResponse],
     *,
     objectives: ObjectiveSet,
     path: Paths | None = None,
@@ -49,7 +61,7 @@ def stream_adapted_ratings(
     left out, and so are rows without any other. What the adapter drops is counted and logged.
 
     Args:
-        dataset: Its name here, one of `RATING_SETS`.
+        dataset: Its name here, one of `RATING_SETS`, or an adapter of your own.
         objectives: The declared objectives, some of the set's among them.
         path: Id on the hub, or a file, a folder, a pattern, or a list of them, in the published
             form; the set on the hub, if None.
@@ -62,16 +74,23 @@ def stream_adapted_ratings(
         DataError: Naming file, row and field, at the first row that cannot be used.
         ValueError: If there is no such set, or none of its objectives is declared.
     """
-    if dataset not in RATING_SETS:
-        raise ValueError(f"`dataset` is {dataset!r}; there are {', '.join(RATING_SETS)}")
-    adapter = RATING_SETS[dataset]
+    adapter = find_adapter(dataset, RATING_SETS)
     if not set(adapter.objectives) & set(objectives.names):
         raise ValueError(
-            f"{dataset} rates {', '.join(adapter.objectives)}, none of which is declared in "
+            f"{adapter.name} rates {', '.join(adapter.objectives)}, none of which is declared in "
             f"`data.objectives`"
         )
-    by_name = {objective.name: objective for objective in objectives.objectives}
     rows = adapter.read(path, revision=revision, splits=splits, streaming=streaming)
+    return _declared(rows, adapter, objectives)
+
+
+def _declared(
+    rows: Iterable[tuple[str, RatedResponse]],
+    adapter: Adapter[RatedResponse],
+    objectives: ObjectiveSet,
+) -> Iterator[RatedResponse]:
+    by_name = {objective.name: objective for objective in objectives.objectives}
+    others = 0
     for place, row in rows:
         try:
             ratings = {
@@ -83,6 +102,9 @@ def stream_adapted_ratings(
             raise DataError(f"{place}: {error}") from None
         if ratings:
             yield replace(row, ratings=ratings)
+        others += not ratings
+    if others:
+        logger.info("%s: %d rows rate none of the declared objectives", adapter.name, others)
 
 
 def _on_scale(value: float, objective: Objective, *, unit: bool) -> float:

@@ -5,15 +5,14 @@ response, a vote for neither counting half; a strength of 0 is a tie.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from armo.data.adapters.base import Adapter, Dropped, text
+from armo.data.adapters.base import Adapter, Dropped, objects, text
 from armo.data.adapters.helpsteer import helpsteer_turns
 from armo.data.adapters.paired import (
     choice,
     messages,
-    objects,
     optional_text,
     pair,
 )
@@ -22,16 +21,22 @@ from armo.data.conversation import Message, PreferencePair, Prompt
 STRENGTHS = tuple(range(-3, 4))
 
 
-def helpsteer2_preference(row: Mapping[str, Any], id: str) -> Iterator[PreferencePair | Dropped]:
-    """Make a pair of a row of HelpSteer2's preferences.
+def helpsteer2_preference(
+    row: Mapping[str, Any], id: str, *, validation: bool
+) -> Iterator[PreferencePair | Dropped]:
+    """Make a pair of a row of HelpSteer2's preferences, which the hub has in one split.
 
     Args:
         row: `prompt`, a text that may hold several turns; `response_1`, `response_2`;
             `preference_strength`, below 0 if the first is better; `three_most_similar_preferences`,
-            the votes that it is the mean of, if there; `split`, if there.
+            the votes that it is the mean of, if there; `split`, `train` or `val`.
         id: Of the row.
+        validation: Which of the rows: those of the validation, or the others.
     """
-    made = _voted(
+    if text(row, "split").startswith("val") is not validation:
+        yield Dropped("a row of the training split" if validation else "a row of the validation")
+        return
+    yield _voted(
         row,
         id,
         helpsteer_turns(text(row, "prompt")),
@@ -39,10 +44,6 @@ def helpsteer2_preference(row: Mapping[str, Any], id: str) -> Iterator[Preferenc
         overall="preference_strength",
         votes=("three_most_similar_preferences", "strength"),
     )
-    side = optional_text(row, "split")
-    if side and isinstance(made, PreferencePair):
-        made = replace(made, split="test" if side.startswith("val") else "train")
-    yield made
 
 
 def helpsteer3_preference(row: Mapping[str, Any], id: str) -> Iterator[PreferencePair | Dropped]:
@@ -125,12 +126,18 @@ def _voted(
 
 
 ADAPTERS: tuple[Adapter[PreferencePair], ...] = (
-    Adapter(
-        "helpsteer2_preference",
-        "nvidia/HelpSteer2",
-        ("prompt", "response_1", "response_2", "preference_strength"),
-        helpsteer2_preference,
-        folder="preference",
+    *(
+        Adapter(
+            name,
+            "nvidia/HelpSteer2",
+            ("prompt", "response_1", "response_2", "preference_strength", "split"),
+            partial(helpsteer2_preference, validation=validation),
+            folder="preference",
+        )
+        for name, validation in (
+            ("helpsteer2_preference", False),
+            ("helpsteer2_preference_validation", True),
+        )
     ),
     Adapter(
         "helpsteer3_preference",

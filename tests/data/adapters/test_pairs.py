@@ -1,5 +1,6 @@
 """Pair sets, from hand-made rows in the published schema."""
 
+import copy
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from test_ratings import places
 
 from armo.data.adapters.base import Dropped
 from armo.data.adapters.pairs import PAIR_SETS, stream_adapted_pairs
@@ -224,6 +226,12 @@ JUDGELM = {
     "answer2_body": "Better.",
     "text": "5 8\nThe second says why.",
 }
+# As `oasst_siblings` puts it together; the messages that it is made of are in a test of its own.
+SIBLINGS = {
+    "messages": talk("Why?"),
+    "lang": "en",
+    "answers": [{"text": "Worse.", "rank": 2}, {"text": "Better.", "rank": 0}],
+}
 ARENA = {
     "question_id": "q",
     "model_a": "m",
@@ -260,7 +268,12 @@ MT_BENCH = {
 
 # By name: a row, the margin, and what else the pair has that others do not have.
 EXPECTED = {
-    "helpsteer2_preference": (STEER2, 2.0, {"preference": 2 / 3, "split": "train"}),
+    "helpsteer2_preference": (STEER2, 2.0, {"preference": 2 / 3}),
+    "helpsteer2_preference_validation": (
+        {**STEER2, "split": "val"},
+        2.0,
+        {"preference": 2 / 3},
+    ),
     "helpsteer3_preference": (STEER3, 1.0, {"preference": 0.75, "category": "code", "turns": 3}),
     "helpsteer3_edit": (EDIT, None, {"category": "stem"}),
     "helpsteer3_edit_quality": (QUALITY, None, {"category": "general"}),
@@ -337,7 +350,7 @@ EXPECTED = {
     "summarize_from_feedback": (
         SUMMARY,
         None,
-        {"prompt": "SUBREDDIT: r/ask\n\nTITLE: Why\n\nPOST: It is.\n\nTL;DR:"},
+        {"prompt": "SUBREDDIT: r/ask\n\nTITLE: Why\n\nPOST: It is.\n\nTL;DR:", "category": "post"},
     ),
     "offsetbias": (
         {"instruction": "Why?", "output_1": "Worse.", "output_2": "Better.", "label": 2},
@@ -350,6 +363,7 @@ EXPECTED = {
     "ultrafeedback_pairs": (ULTRA, 2.5, {"category": "flan", "id": "/1-2"}),
     "code_ultrafeedback_pairs": (CODE, 3.0, {"category": "style", "id": "/1-2"}),
     "judgelm": (JUDGELM, 3.0, {"id": "/1-2"}),
+    "oasst2_pairs": (SIBLINGS, 2.0, {"category": "en", "id": "/1-2"}),
     "arena_33k": (ARENA, None, {}),
     "arena_55k": (ARENA_55K, None, {}),
     "arena_100k": (ARENA, None, {}),
@@ -374,14 +388,14 @@ def dropped(name, row, **changes):
 @pytest.mark.parametrize("name", PAIR_SETS)
 def test_a_row_of_each_set_is_a_pair_with_its_margin(name):
     row, margin, more = EXPECTED[name]
-    missing = set(PAIR_SETS[name].columns) - set(row)
-    assert not missing, "the adapter asks for columns that the set has"
+    if row is not SIBLINGS:
+        assert set(PAIR_SETS[name].columns) <= set(row), "it asks for columns that the set has"
     (pair,), reasons = read(name, row)
     assert not reasons
     assert (pair.chosen, pair.rejected) == ("Better.", "Worse.")
     assert pair.margin == (None if margin is None else pytest.approx(margin))
     assert pair.preference == pytest.approx(more.get("preference", 1.0))
-    assert (pair.category, pair.split) == (more.get("category", ""), more.get("split"))
+    assert (pair.category, pair.split) == (more.get("category", ""), None)
     assert pair.prompt[-1] == Message("user", more.get("prompt", "Why?"))
     assert len(pair.prompt) == more.get("turns", 1)
     assert (pair.id, pair.source) == (f"{name}/train/1{more.get('id', '')}", name)
@@ -402,17 +416,37 @@ def test_each_set_has_an_option_that_names_it(request):
 
 
 # Values that a column of a published set has now and then, or that a broken file has.
-ODD = (None, "", "N/A", "7", "x", 7, -1, 2.5, True, math.nan, [], [None], ["x"], [{}], {}, {"a": 1})
+ODD = (
+    None,
+    "",
+    "N/A",
+    "7",
+    "x",
+    7,
+    -1,
+    2.5,
+    True,
+    math.nan,
+    math.inf,
+    [],
+    ["x"],
+    [{}],
+    {},
+    {"a": 1},
+)
 
 
 @pytest.mark.parametrize("name", PAIR_SETS)
-def test_an_odd_value_in_any_column_is_an_error_that_names_it_or_a_valid_pair(name):
+def test_an_odd_value_anywhere_is_one_error_that_names_a_field_or_a_valid_pair(name):
     row, _, _ = EXPECTED[name]
     refused = []
-    for column in row:
+    for k, _ in enumerate(places(row)):
         for odd in ODD:
+            broken = copy.deepcopy(row)
+            container, key = [*places(broken)][k]
+            container[key] = odd
             try:
-                read(name, row, **{column: odd})
+                read(name, broken)
             except ValueError as error:
                 refused.append(str(error))
     assert refused
@@ -488,6 +522,9 @@ def test_strengths_without_usable_votes_are_taken_at_their_word():
     row = {key: value for key, value in STEER2.items() if not key.startswith("three")}
     (pair,), _ = read("helpsteer2_preference", row)
     assert pair.preference == 1.0
+    votes = [{"strength": strength} for strength in (-100, -1, 1)]
+    (pair,), _ = read("helpsteer2_preference", STEER2, three_most_similar_preferences=votes)
+    assert pair.preference == 0.5, "-100 is no vote for the first"
     votes = [{"strength": 3}, {"strength": 1}]
     reason = dropped("helpsteer2_preference", STEER2, three_most_similar_preferences=votes)
     assert reason == "votes and strength disagree"
@@ -496,12 +533,11 @@ def test_strengths_without_usable_votes_are_taken_at_their_word():
             read("helpsteer2_preference", STEER2, preference_strength=strength)
 
 
-@pytest.mark.parametrize(
-    ("said", "split"), [("train", "train"), ("val", "test"), ("validation", "test")]
-)
-def test_the_one_split_of_helpsteer2s_preferences_is_parted_by_its_column(said, split):
-    (pair,), _ = read("helpsteer2_preference", STEER2, split=said)
-    assert pair.split == split
+@pytest.mark.parametrize("said", ["val", "validation"])
+def test_the_one_split_of_helpsteer2s_preferences_is_parted_by_its_column(said):
+    assert "validation" in dropped("helpsteer2_preference", STEER2, split=said)
+    assert len(read("helpsteer2_preference_validation", STEER2, split=said)[0]) == 1
+    assert "training" in dropped("helpsteer2_preference_validation", STEER2)
 
 
 def test_turns_stand_in_the_prompts_of_helpsteer2_and_may_stand_in_a_text_in_helpsteer3():
@@ -657,7 +693,7 @@ def test_summaries_of_news_have_an_article_in_place_of_a_post():
     assert pair.prompt == (Message("user", "ARTICLE: All of it.\n\nTL;DR:"),)
     assert pair.category == "news"
     reason = dropped("summarize_from_feedback", SUMMARY, info={**info, "article": None})
-    assert reason == "neither a post nor an article"
+    assert reason == "a prompt without a user turn at its end"
     (pair,), _ = read("summarize_from_feedback", SUMMARY, choice=0)
     assert pair.chosen == "Worse.", "an index from 0, unlike the labels of other sets"
     with pytest.raises(ValueError, match="`summaries` must have two summaries, has 1"):
@@ -700,13 +736,18 @@ def test_ultrafeedback_has_all_pairs_whose_mean_aspects_differ(rated):
     assert reasons.count("a response without a score") == len(rated) - len(means)
 
 
-def test_ultrafeedback_needs_no_overall_score_and_names_what_is_broken():
-    broken = [{**ULTRA["completions"][0], "annotations": None}]
-    with pytest.raises(ValueError, match="`annotations` must be an object"):
-        read("ultrafeedback_pairs", ULTRA, completions=broken)
-    unrated = {**ULTRA["completions"][0], "annotations": {"honesty": None}}
-    pairs, reasons = read("ultrafeedback_pairs", ULTRA, completions=[unrated])
-    assert (pairs, reasons) == ([], ["a response without a score"])
+@pytest.mark.parametrize(
+    "annotations", [None, {}, {"honesty": None}, {"honesty": {"Rating": "N/A"}}]
+)
+def test_a_completion_of_ultrafeedback_without_a_rated_aspect_is_in_no_pair(annotations):
+    unrated = {"model": "o", "response": "C", "annotations": annotations}
+    pairs, reasons = read(
+        "ultrafeedback_pairs", ULTRA, completions=[unrated, *ULTRA["completions"]]
+    )
+    assert [(pair.chosen, pair.id) for pair in pairs] == [
+        ("Better.", "ultrafeedback_pairs/train/1/2-3")
+    ]
+    assert reasons == ["a response without a score"]
 
 
 def test_code_ultrafeedback_joins_ratings_by_model():
@@ -722,6 +763,36 @@ def test_code_ultrafeedback_joins_ratings_by_model():
     )
     assert [(pair.chosen, pair.margin) for pair in pairs] == [("Better.", 3.0)]
     assert reasons == ["a response without a score"] * 2
+
+
+def test_the_ranked_answers_to_one_message_of_openassistant_make_pairs(tmp_path, caplog):
+    def message(id, parent, role, said, **more):
+        fields = {"message_id": id, "parent_id": parent, "role": role, "text": said, "lang": "de"}
+        return {**fields, "labels": None, "rank": None, "deleted": False, **more}
+
+    rows = [
+        message("a2", "q", "assistant", "Better.", rank=0),  # children may stand before parents
+        message("q", None, "prompter", "Why?"),
+        message("a1", "q", "assistant", "Worse.", rank=2),
+        message("a3", "q", "assistant", "Unranked."),
+        message("a4", "q", "assistant", "Gone.", rank=1, deleted=True),
+        message("p1", "a2", "prompter", "And then?", rank=0),
+        message("p2", "a2", "prompter", "So?", rank=1),
+        message("b1", "p1", "assistant", "First.", rank=1),
+        message("b2", "p1", "assistant", "Second.", rank=0),
+        message("c1", "p2", "assistant", "Alone.", rank=0),
+    ]
+    with caplog.at_level(logging.WARNING):
+        pairs = [*stream_adapted_pairs("oasst2_pairs", path=write(tmp_path / "set", rows))]
+    assert [
+        ([turn.content for turn in pair.prompt], pair.chosen, pair.rejected, pair.margin)
+        for pair in pairs
+    ] == [
+        (["Why?"], "Better.", "Worse.", 2.0),
+        (["Why?", "Better.", "And then?"], "Second.", "First.", 1.0),
+    ]
+    assert len({pair.id for pair in pairs}) == 2
+    assert "a response without a score (1)" in caplog.text
 
 
 def test_judgelms_scores_are_on_its_first_line():
@@ -860,13 +931,13 @@ def hub(monkeypatch):
 
 def test_the_hub_is_asked_for_the_part_of_a_set_that_the_adapter_reads(hub):
     sets, asked = hub
-    sets["nvidia/HelpSteer2"] = [STEER2, {**STEER2, "split": "val", "preference_strength": 0}]
+    sets["nvidia/HelpSteer2"] = [STEER2, {**STEER2, "preference_strength": 0}]
     sets["nvidia/HelpSteer3"] = [STEER3]
     sets["lmsys/mt_bench_human_judgments"] = [MT_BENCH]
     pairs = [*stream_adapted_pairs("helpsteer2_preference", revision="abc")]
-    assert [(p.id, p.split, p.preference, p.margin) for p in pairs] == [
-        ("helpsteer2_preference/train/1", "train", pytest.approx(2 / 3), 2.0),
-        ("helpsteer2_preference/train/2", "test", 0.5, 0.0),
+    assert [(p.id, p.preference, p.margin) for p in pairs] == [
+        ("helpsteer2_preference/train/1", pytest.approx(2 / 3), 2.0),
+        ("helpsteer2_preference/train/2", 0.5, 0.0),
     ]
     [*stream_adapted_pairs("helpsteer3_preference")]
     [*stream_adapted_pairs("mt_bench_human")]
@@ -907,7 +978,7 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         pairs = [*stream_adapted_pairs("distilabel_intel_orca", path=write(tmp_path / "s", rows))]
     assert len(pairs) == 1
-    assert "2 for a tie by its judge, 1 for a question of GSM8K" in caplog.text
+    assert "a tie by its judge (2), a question of GSM8K's training set (1)" in caplog.text
     with pytest.raises(DataError, match="no rows"):
         [*stream_adapted_pairs("distilabel_intel_orca", path=write(tmp_path / "s", rows[1:]))]
 
@@ -926,7 +997,7 @@ def test_a_pair_in_both_orders_is_one_judgement(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         pairs = [*stream_adapted_pairs("preference_collection", path=path)]
     assert [pair.prompt[0].content for pair in pairs] == ["Why?", "Why not?"]
-    assert "1 for a pair that was there in the other order" in caplog.text
+    assert "left out: a pair that was there in the other order (1)" in caplog.text
 
 
 def test_small_margins_and_many_pairs_of_a_prompt_are_left_out_and_counted(tmp_path, caplog):
@@ -936,10 +1007,14 @@ def test_small_margins_and_many_pairs_of_a_prompt_are_left_out_and_counted(tmp_p
     with caplog.at_level(logging.WARNING):
         pairs = [*stream_adapted_pairs("shp", path=path, min_margin=0.6931, pairs_per_prompt=2)]
     assert [round(math.exp(pair.margin), 6) for pair in pairs] == [4, 3, 2]
-    assert "left out 1 pairs with a margin below 0.6931, 2 beyond 2 of one prompt" in caplog.text
+    assert "left out: a margin below 0.6931 (1), more than 2 pairs of one prompt (2)" in caplog.text
     caplog.clear()
     assert len([*stream_adapted_pairs("shp", path=path)]) == 6
     assert not caplog.records
+    with pytest.raises(DataError, match="shp: no pair has a margin from `min_margin=3` on"):
+        [*stream_adapted_pairs("shp", path=path, min_margin=3)]
+    with pytest.raises(ValueError, match="`pairs_per_prompt` must be from 1 on, or null, got 0"):
+        stream_adapted_pairs("shp", path=path, pairs_per_prompt=0)
     path = write(tmp_path / "arena", [ARENA])
     assert len([*stream_adapted_pairs("arena_33k", path=path, min_margin=1.0)]) == 1
 
@@ -957,15 +1032,21 @@ def test_pairs_may_judge_an_objective_by_source_or_category(tmp_path):
             "skywork_v0_2", path=path, objectives=objectives, judges=judges
         )
         assert pair.judgements == judgements
+    path = write(tmp_path / "arena", [{**ARENA, "winner": "tie"}])
+    (pair,) = stream_adapted_pairs("arena_33k", path=path, judges={"charm": ["arena_33k"]})
+    assert pair.judgements == {"charm": 0.5}
     with pytest.raises(ValueError, match="'kind' is not declared"):
-        [*stream_adapted_pairs("shp", objectives=objectives, judges={"kind": ["shp"]})]
+        stream_adapted_pairs("shp", objectives=objectives, judges={"kind": ["shp"]})
 
 
 def test_what_cannot_be_read_is_one_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match="`dataset` is 'shpp'; there are helpsteer2_preference"):
-        [*stream_adapted_pairs("shpp")]
+        stream_adapted_pairs("shpp")
     path = write(tmp_path / "set", [STANDARD])
     with pytest.raises(DataError, match=r"no column history.*which shp needs; there are chosen"):
+        [*stream_adapted_pairs("shp", path=path)]
+    path = write(tmp_path / "lines", [{**STANDARD, "a\nb": 1}])
+    with pytest.raises(DataError, match=r"there are chosen, rejected, 'a\\nb'$"):
         [*stream_adapted_pairs("shp", path=path)]
     path = write(tmp_path / "bad", [SHP, {**SHP, "labels": 3}])
     with pytest.raises(DataError, match=r"train.jsonl:2: field `labels` must be one of 0, 1"):
