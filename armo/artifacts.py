@@ -136,12 +136,14 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ArtifactError(f"No such file: {path}") from None
     except UnicodeDecodeError:
         raise ArtifactError(f"{path}: not valid JSON: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ArtifactError(f"{path}: not valid JSON, line {error.lineno}: {error.msg}") from None
+    except RecursionError:
+        raise ArtifactError(f"{path}: not valid JSON: nested too deeply") from None
 
 
 def write_tensors(
@@ -171,10 +173,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ArtifactError: If the file is missing or damaged.
     """
+    if not path.is_file():
+        raise ArtifactError(f"No such file: {path}")
     try:
         return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise ArtifactError(f"No such file: {path}") from None
     except safetensors.SafetensorError as error:
         raise ArtifactError(f"{path}: damaged safetensors file: {error}") from None
 

@@ -542,7 +542,7 @@ def test_explain_prints_a_table_per_pair_and_writes_one_page(saved, tmp_path, en
     preferred = "A" if comparison.score_difference > 0 else "B"
     assert f"pair: {preferred} is preferred with probability" in out
     assert "[red]<b>&: " in out
-    assert f"{comparison.score_difference:+.3f} more than B" in out
+    assert f"; it scores {abs(comparison.score_difference):.3f} more than " in out
     for name in ("helpfulness", "honesty", "harm", "verbosity", "formatting"):
         assert out.count(name) == 2
     assert "`run=FOLDER`" in out

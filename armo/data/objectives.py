@@ -31,8 +31,8 @@ class Objective:
     meaning: str = ""
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("An objective needs a `name`.")
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"An objective needs a `name`, got {self.name!r}.")
         if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(
                 f"Objective {self.name!r}: `low` must be below `high`, got {self.low} and "
@@ -121,8 +121,13 @@ class ObjectiveSet:
             weights: By name; objectives that are not named get none.
 
         Raises:
-            ValueError: If a name is unknown, a weight negative or not finite, or all are zero.
+            ValueError: If a name is unknown, a weight negative or no finite number, or all are
+                zero.
         """
+        try:
+            sum(weights.values())
+        except (AttributeError, TypeError):
+            raise ValueError(f"`weights` must be numbers by objective, got {weights!r}.") from None
         fixed = [0.0] * len(self.names)
         for name, weight in weights.items():
             fixed[self.index(name)] = weight

@@ -70,6 +70,10 @@ class BackboneSpec:
         _one_of("prompt_position", self.prompt_position, ("turn_end", "generation_prompt"))
         _one_of("on_overlong", self.on_overlong, ("truncate", "error", "skip", "windows"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        for name in ("id", "revision", "digest", "tokenizer_digest", "config_digest"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "id"):
+                raise ValueError(f"`{name}` must be a text, got {value!r}.")
         if not self.layers:
             raise ValueError("`layers` needs at least one layer.")
         if not 4 <= self.max_prompt_tokens <= self.max_tokens - 4:

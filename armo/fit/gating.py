@@ -63,10 +63,10 @@ class GatingNetwork(nn.Module):
             raise ValueError(
                 f"`mixed` must be distinct columns of {objectives} objectives, got {list(mixed)}."
             )
-        if temperature <= 0.0 or min(hidden_dim, members) < 1 or hidden_layers < 0:
+        if temperature <= 0.0 or min(dim, hidden_dim, members) < 1 or hidden_layers < 0:
             raise ValueError(
-                "`temperature`, `hidden_dim` and `members` must be positive, `hidden_layers` not "
-                "negative."
+                "`dim`, `temperature`, `hidden_dim` and `members` must be positive, "
+                "`hidden_layers` not negative."
             )
         self.objectives = objectives
         self.temperature = temperature

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 from torch import Tensor
 
-from armo.artifacts import read_json, read_tensors, write_json, write_tensors
+from armo.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
 from armo.embed.store import EmbeddingTable
 from armo.fit.judged import (
     JudgedHead,
@@ -47,6 +47,8 @@ UNCERTAINTY_TENSORS = (
     "sigmas",
     "quantiles",
 )
+# Of those that are not in float64.
+_UNCERTAINTY_DTYPES = {"vectors": torch.float32, "factor_of": torch.int64}
 CHUNK_ROWS = 4096  # converted to float64 at a time
 Targets = Literal["ratings", "ranks"]
 
@@ -154,6 +156,36 @@ class RewardUncertainty:
     quantiles: Float[Tensor, " objectives"]
     miscoverage: float
 
+    def __post_init__(self) -> None:
+        count, dim = self.heads.weights.shape
+        factors = self.values.shape[:1].numel()
+        shapes = {
+            "vectors": [factors, dim, dim],
+            "values": [factors, dim],
+            "centres": [factors, dim],
+            "shares": [factors],
+        }
+        for name in UNCERTAINTY_TENSORS:
+            tensor, shape = getattr(self, name), shapes.get(name, [count])
+            dtype = _UNCERTAINTY_DTYPES.get(name, torch.float64)
+            if list(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(
+                    f"`{name}` is of {tensor.dtype} and shape {list(tensor.shape)}, needs {dtype} "
+                    f"and {shape}."
+                )
+        if not bool(((self.factor_of >= -1) & (self.factor_of < factors)).all()):
+            raise ValueError(f"`factor_of` must be -1 or one of {factors} factors.")
+        known = self.factor_of >= 0
+        finite = {name: getattr(self, name) for name in shapes}
+        finite |= {"alphas": self.alphas[known], "sigmas": self.sigmas[known]}
+        wrong = [name for name, tensor in finite.items() if not bool(tensor.isfinite().all())]
+        if bool(self.quantiles.isnan().any()):  # infinite where there were too few ratings
+            wrong.append("quantiles")
+        if wrong:
+            raise ValueError(f"not finite: {', '.join(wrong)}")
+        if not 0.0 < self.miscoverage < 1.0:
+            raise ValueError(f"`miscoverage` must be between 0 and 1, got {self.miscoverage}.")
+
     def deviations(
         self, embeddings: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "batch objectives"]:
@@ -184,10 +216,22 @@ class RewardUncertainty:
 
     @classmethod
     def load(cls, path: Path, *, heads: ObjectiveHeads) -> "RewardUncertainty":
-        """Read what `save` wrote for these heads."""
-        tensors = read_tensors(path)
-        parts: Any = {name: tensors[name] for name in UNCERTAINTY_TENSORS}
-        return cls(heads=heads, miscoverage=float(tensors["miscoverage"]), **parts)
+        """Read what `save` wrote for these heads.
+
+        Raises:
+            ArtifactError: Naming what is missing, unexpected, of another shape or type, or not
+                finite.
+        """
+        parts: Any = read_tensors(path)
+        needed = (*UNCERTAINTY_TENSORS, "miscoverage")
+        problems = [f"missing {name}" for name in needed if name not in parts]
+        problems += [f"unexpected {name}" for name in sorted({*parts} - {*needed})]
+        if problems:
+            raise ArtifactError(f"{path}: {'; '.join(problems)}")
+        try:
+            return cls(heads=heads, **parts | {"miscoverage": float(parts["miscoverage"])})
+        except (RuntimeError, ValueError) as error:
+            raise ArtifactError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

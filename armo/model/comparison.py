@@ -34,7 +34,7 @@ def compare_scored(
     weights = out.gating_weights[a]
     if bool(((weights - out.gating_weights[b]).abs() > 1e-9).any()):  # not so where NaN
         raise ValueError(f"rows {a} and {b} have other gating weights: not of one prompt")
-    difference = out.contributions[a] - out.contributions[b]
+    difference = out.contributions[a] - out.contributions[b] + 0.0  # -0 as 0
     score_difference = float(out.score[a] - out.score[b])
     order = difference.abs().argsort(descending=True).tolist()
     changes = {

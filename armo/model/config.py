@@ -39,6 +39,8 @@ class ArmoConfig(PretrainedConfig):
             if name not in ("model_type", *_KNOWN):
                 setattr(self, name, values.pop(name, None))
         values.pop("model_type", None)
+        # Nothing here reads it: where a text ends, the mask says. Others look for it, and set it.
+        self.pad_token_id: int | None = values.pop("pad_token_id", None)
         super().__init__(**values)
 
     @classmethod

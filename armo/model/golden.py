@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from armo.artifacts import ArtifactError, read_json, write_json
+from armo.model.conversations import parse_conversations
 from armo.model.output import RewardOutput
 
 COLUMNS = ("rewards", "adjusted", "gating_weights")
@@ -35,7 +36,8 @@ def read_golden(path: Path, objectives: Sequence[str]) -> dict[str, Any]:
     """Read what `write_golden` wrote.
 
     Raises:
-        ArtifactError: If there are no conversations, or a field is missing or of another size.
+        ArtifactError: If there are no conversations, one is none, or a field is missing or of
+            another size.
     """
     golden = read_json(path)
     if not isinstance(golden, dict):
@@ -43,8 +45,12 @@ def read_golden(path: Path, objectives: Sequence[str]) -> dict[str, Any]:
     for name in ("conversations", "score", *COLUMNS, "beta"):
         if name not in golden:
             raise ArtifactError(f"{path}: field '{name}' is missing")
-    if not golden["conversations"]:
+    if not isinstance(golden["conversations"], list) or not golden["conversations"]:
         raise ArtifactError(f"{path}: no golden conversations to verify with")
+    try:
+        parse_conversations(golden["conversations"])
+    except ValueError as error:
+        raise ArtifactError(f"{path}: {error}") from None
     count = len(golden["conversations"])
     if not isinstance(golden["beta"], int | float):
         raise ArtifactError(f"{path}: `beta` must be a number")

@@ -2,7 +2,7 @@
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +115,9 @@ def write_export(model: ArmoRewardModel, folder: Path, plan: Plan, *, format: Fo
     config |= plan.config | {"pad_token_id": pad, "vocab_size": vocabulary}
     if format == "armorm":
         _spell_as_before(config)
+    elif "rope_theta" in (ropes := config.get("rope_parameters") or {}):
+        # Transformers 4 would take its default, and say nothing.
+        config |= {"rope_theta": ropes["rope_theta"], "rope_scaling": _scaling(ropes)}
     config["dtype" if "dtype" in config else "torch_dtype"] = str(trunk.dtype).split(".")[1]
     write_json(folder / "config.json", config)
 
@@ -140,6 +143,9 @@ def write_export(model: ArmoRewardModel, folder: Path, plan: Plan, *, format: Fo
         spelt["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name in ("backend", "is_local", "local_files_only"):
         spelt.pop(name, None)
+    if isinstance(spelt.get("extra_special_tokens"), list):
+        spelt["additional_special_tokens"] = spelt.pop("extra_special_tokens")
+    spelt["model_input_names"] = ["input_ids", "attention_mask"]  # 4 adds token types otherwise
     write_json(folder / TOKENIZER, spelt | {"chat_template": tokenizer.chat_template})
 
 
@@ -166,11 +172,15 @@ def _spell_as_before(config: dict[str, Any]) -> None:
     """Name settings as Transformers 4 does, with which code of the published layout runs."""
     ropes = config.pop("rope_parameters", None)
     if ropes is not None:
-        ropes = dict(ropes)
-        config["rope_theta"] = ropes.pop("rope_theta")
-        config["rope_scaling"] = None if ropes.get("rope_type") == "default" else ropes
+        config["rope_theta"] = ropes["rope_theta"]
+        config["rope_scaling"] = _scaling(ropes)
     config["torch_dtype"] = config.pop("dtype", None)
     config["use_cache"] = False
+
+
+def _scaling(ropes: Mapping[str, Any]) -> dict[str, Any] | None:
+    scaling = {name: value for name, value in ropes.items() if name != "rope_theta"}
+    return None if ropes.get("rope_type") == "default" else scaling
 
 
 def _pad_token(model: ArmoRewardModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -63,6 +63,8 @@ TOKENIZERS = (
     "vocab.json",
     "vocab.txt",
 )
+# The folder of further chat templates, which armo never writes.
+TEMPLATES = "additional_chat_templates"
 PICKLES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl")
 
 
@@ -255,6 +257,12 @@ def load_folder(
             raise ArtifactError(f"No such file: {folder / name}")
         if digest_file(folder / name) != digest:
             raise ArtifactError(f"{folder / name}: changed after it was written")
+    for name in (*TOKENIZERS, TEMPLATES):
+        if name not in declared.files and (folder / name).exists():
+            raise ArtifactError(
+                f"{folder / name}: unexpected, as {CONFIG} has no digest of it, and tokenizers "
+                f"would be read with it; remove it"
+            )
     own = {name[5:]: t for name, t in tensors.items() if name.startswith("gate.")}
     gate.load_state_dict(own, strict=True)
     return declared, gate, tensors
@@ -271,15 +279,15 @@ def load_weights(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, T
         ArtifactError: Naming every tensor that is missing, unexpected, of another shape or type,
             or not finite. Nothing is ever initialised in place of a missing tensor.
     """
+    if not path.is_file():
+        pickled = [name for name in PICKLES if (path.parent / name).is_file()]
+        reason = f"; {pickled[0]} is a pickle, which is not loaded" if pickled else ""
+        raise ArtifactError(f"No such file: {path}{reason}")
     try:
         with safe_open(path, framework="pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: part.get_shape() for name, part in parts.items()}
             types = {name: part.get_dtype() for name, part in parts.items()}
-    except FileNotFoundError:
-        pickled = [name for name in PICKLES if (path.parent / name).is_file()]
-        reason = f"; {pickled[0]} is a pickle, which is not loaded" if pickled else ""
-        raise ArtifactError(f"No such file: {path}{reason}") from None
     except SafetensorError as error:
         with path.open("rb") as file:
             start = file.read(4)
@@ -313,14 +321,11 @@ def read_uncertainty(
     """Read the uncertainty of the heads, where the folder has one.
 
     Raises:
-        ArtifactError: If a tensor is missing.
+        ArtifactError: If it is not one of these heads.
     """
     if UNCERTAINTY not in declared.files:
         return None
-    try:
-        return RewardUncertainty.load(folder / UNCERTAINTY, heads=heads)
-    except KeyError as error:
-        raise ArtifactError(f"{folder / UNCERTAINTY}: missing {error}") from None
+    return RewardUncertainty.load(folder / UNCERTAINTY, heads=heads)
 
 
 def download_folder(

@@ -33,9 +33,15 @@ def limits_of(objectives: ObjectiveSet, thresholds: Mapping[str, float]) -> dict
     """Return thresholds by column.
 
     Raises:
-        ValueError: If one is not finite, or of no objective.
+        ValueError: If one is no finite number, or of no objective.
     """
-    if wrong := {n: value for n, value in thresholds.items() if not math.isfinite(value)}:
+    try:
+        wrong = {n: value for n, value in thresholds.items() if not math.isfinite(value)}
+    except (AttributeError, TypeError):
+        raise ValueError(
+            f"`thresholds` must be numbers by objective, got {thresholds!r}."
+        ) from None
+    if wrong:
         raise ValueError(f"`thresholds` must be finite, got {wrong}.")
     return {objectives.index(name): value for name, value in thresholds.items()}
 

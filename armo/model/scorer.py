@@ -110,13 +110,23 @@ class EmbeddingScorer(PreTrainedModel):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EmbeddingScorer":
-        """Move everything, but cast the backbone alone: rounded heads give equal scores."""
-        exact = {name: tensor.detach() for name, tensor in self._own_tensors().items()}
+        """Move everything, but cast the backbone's weights alone.
+
+        Rounded heads give equal scores, and a rounded table of rotary frequencies reads positions
+        otherwise than the model does that is loaded in that dtype.
+        """
+        exact = {name: tensor.detach() for name, tensor in self._exact_tensors().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in self._own_tensors().items():
+        for name, tensor in self._exact_tensors().items():
             if tensor.dtype != exact[name].dtype:
                 tensor.data = exact[name].to(tensor.device)
         return self
+
+    def _exact_tensors(self) -> dict[str, Tensor]:
+        """All that is never cast: our own tensors, and what the backbone computes and not loads."""
+        weights = self.state_dict(keep_vars=True)
+        tables = {name: t for name, t in self.named_buffers() if name not in weights}
+        return tables | self._own_tensors()
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """Heads, transform and gate: all but the backbone's."""

@@ -61,13 +61,13 @@ class Explanation:
         if not self.scored:
             return "no score: longer than the backbone reads, and skipped"
         comparison = self.comparison
-        preferred = "B" if comparison.score_difference < 0 else "A"
+        preferred, other = "BA" if comparison.score_difference < 0 else "AB"
         probability = max(comparison.probability, 1.0 - comparison.probability)
         if comparison.score_difference == 0:
             return "a tie"
         return (
-            f"{preferred} is preferred with probability {probability:.3f}; A scores "
-            f"{comparison.score_difference:+.3f} more than B"
+            f"{preferred} is preferred with probability {probability:.3f}; it scores "
+            f"{abs(comparison.score_difference):.3f} more than {other}"
         )
 
 

@@ -262,6 +262,7 @@ def test_contributions_are_weight_times_adjusted_reward():
     ("changes", "message"),
     [
         ({"mixed": ()}, "`mixed` must name at least one objective"),
+        ({"dim": -1}, "`dim`, `temperature`, `hidden_dim` and `members` must be positive"),
         ({"temperature": 0.0}, "`temperature`, `hidden_dim` and `members` must be positive"),
         ({"hidden_dim": 0}, "`temperature`, `hidden_dim` and `members` must be positive"),
         ({"members": 0}, "`temperature`, `hidden_dim` and `members` must be positive"),

@@ -98,6 +98,24 @@ def other_weights(folder):
     shutil.rmtree(folder / "other")
 
 
+def instead(name):
+    """Put a folder in place of a file."""
+    return lambda folder: ((folder / name).unlink(), (folder / name).mkdir())
+
+
+def linked(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("nowhere")
+
+
+def added(name, text):
+    def work(folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+    return work
+
+
 ENCODER = []
 WRONG = {
     "a missing tensor": (tensors(lambda t: t.pop("beta")), "missing beta"),
@@ -190,6 +208,31 @@ WRONG = {
         config(lambda c: c["backbone"].update(id="no/such-model")),
         "no backbone 'no/such-model'",
     ),
+    "a folder by the name of the tensors": (instead("model.safetensors"), "No such file: "),
+    "a folder by the name of the configuration": (instead("config.json"), "No such file: "),
+    "a link to nothing": (linked, r"No such file: .*model\.safetensors$"),
+    "a configuration without end": (file("config.json", lambda b: b"[" * 100_000), "too deeply"),
+    "a backbone without a name": (
+        config(lambda c: c["backbone"].update(id=None)),
+        "`id` must be a text, got None",
+    ),
+    "a revision that is a number": (
+        config(lambda c: c["backbone"].update(revision=-1)),
+        "`revision` must be a text, got -1",
+    ),
+    "a gate of no width": (config(lambda c: c["gate"].update(dim=-1)), "`dim`, .*must be positive"),
+    "an objective that is called by a number": (
+        config(lambda c: c["objectives"][0].update(name=5)),
+        "An objective needs a `name`, got 5",
+    ),
+    "special tokens beside the tokenizer's": (
+        added("special_tokens_map.json", '{"sep_token": "[PAD]"}'),
+        r"special_tokens_map\.json: unexpected",
+    ),
+    "another chat template": (
+        added("additional_chat_templates/default.jinja", "{{ 'x' }}"),
+        "additional_chat_templates: unexpected",
+    ),
     "no tokenizer": (remove("tokenizer.json"), r"No such file: .*tokenizer\.json"),
     "an edited tokenizer": (file("tokenizer.json", flip), r"tokenizer\.json: changed after"),
     "an edited template": (
@@ -227,6 +270,7 @@ def test_an_untouched_folder_loads_and_verifies(folder):
 
 
 @pytest.mark.parametrize("what", WRONG)
+@pytest.mark.usefixtures("no_type_checks")
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_executed(folder, what):
     damage, message = WRONG[what]
     damage(folder)
@@ -318,6 +362,19 @@ APART = {
         "each row of `rewards` must have 5",
     ),
     "no number": (golden(lambda g: g["score"].__setitem__(0, "1")), "`score` must be numbers"),
+    "no list of conversations": (
+        golden(lambda g: g.update(conversations=5)),
+        r"golden\.json: no golden conversations",
+    ),
+    "a text for a conversation": (
+        golden(lambda g: g["conversations"].__setitem__(1, "Hi")),
+        r"golden\.json: conversation 1: must be a list of messages",
+    ),
+    "an empty response": (
+        golden(lambda g: g["conversations"][0][-1].update(content="")),
+        r"golden\.json: conversation 0: ",
+    ),
+    "a folder": (instead("golden.json"), r"No such file: .*golden\.json"),
     "no beta": (golden(lambda g: g.update(beta=None)), "`beta` must be a number"),
     "no rows": (golden(lambda g: g["conversations"].clear()), "no golden conversations"),
     "a list": (file("golden.json", lambda b: b"[]"), "must be a JSON object"),

@@ -292,6 +292,17 @@ def test_the_tokenizer_can_be_read_by_older_libraries_as_well(backbone, tmp_path
     spelt = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert spelt["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert spelt["chat_template"] == (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert spelt["model_input_names"] == ["input_ids", "attention_mask"]
+    assert not isinstance(spelt.get("extra_special_tokens"), list)  # 4 takes names for them
+
+
+def test_older_libraries_read_the_same_rotary_embedding(backbone, tmp_path):
+    """Transformers 4 knows no `rope_parameters`, and would take its default of 10000."""
+    ropes = backbone.model.config.rope_parameters
+    export_model(model_of(backbone), tmp_path / "out", format="labels")
+    written = configuration(tmp_path / "out")
+    assert written["rope_theta"] == ropes["rope_theta"]
+    assert written["rope_scaling"] is None
 
 
 def test_all_files_may_be_read_by_whoever_may_read_the_configuration(backbone, tmp_path):

@@ -424,6 +424,20 @@ def test_a_model_that_was_cast_verifies_when_it_is_saved_and_loaded(saved, tmp_p
     assert loaded.verify() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_was_cast_is_the_one_that_is_loaded_in_that_dtype(causal, tmp_path, dtype):
+    make_model(causal).save_pretrained(tmp_path)
+    cast = load(tmp_path).to(dtype)
+    loaded = ArmoRewardModel.from_pretrained(tmp_path, device="cpu", batch_tokens=256, dtype=dtype)
+    # The rotary frequencies are no weights: rounded, they would move all later positions.
+    tables = dict(cast.language_model.named_buffers())
+    assert tables
+    for name, table in loaded.language_model.named_buffers():
+        torch.testing.assert_close(tables[name], table, rtol=0, atol=0)
+    long = [conversation("Why? " * 8, "Put it in hot water for seven minutes, then wait.")]
+    assert torch.equal(cast.score(long).score, loaded.score(long).score)
+
+
 def test_a_backbone_that_was_trained_is_not_dropped_unseen(saved, tmp_path):
     trained = load(saved)
     trained.to(torch.bfloat16).to(torch.float32)

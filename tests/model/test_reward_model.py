@@ -220,8 +220,12 @@ def test_given_weights_reach_the_score_of_text(model, out):
         ({}, "not all zero"),
         ({"honesty": math.nan}, "`weights`"),
         ({"honesty": math.inf}, "`weights`"),
+        ({"honesty": "2"}, "`weights` must be numbers by objective"),
+        ({"honesty": None}, "`weights` must be numbers by objective"),
+        ([2.0], "`weights` must be numbers by objective"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_weights_that_make_no_mix_are_refused(model, weights, message):
     with pytest.raises(ValueError, match=message):
         model.score(CONVERSATIONS, weights=weights)
@@ -268,6 +272,13 @@ def test_swapping_the_responses_of_a_comparison_negates_it(model):
     assert back.probability == pytest.approx(1 - forth.probability)
     for name, reason in forth.reasons.items():
         assert back.reasons[name] == pytest.approx(-reason, abs=1e-9)
+
+
+def test_a_reason_of_zero_has_no_sign(model):
+    pair = "Yes.", "No, it warns of risks!"
+    for a, b in (pair, pair[::-1]):
+        reasons = model.compare("Is it safe?", a, b).reasons
+        assert [f"{reasons[name]:+}" for name in ("verbosity", "formatting")] == ["+0.0"] * 2
 
 
 def standardised(backbone, *, leaking=(), links=()):

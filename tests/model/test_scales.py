@@ -1,13 +1,16 @@
 """Scales of rewards, their ranges and directions, and thresholds on them."""
 
+import json
 import math
 
 import pytest
 import torch
 from conftest import conversation, make_model
+from safetensors.torch import load_file, save_file
 
-from armo.artifacts import ArtifactError
+from armo.artifacts import ArtifactError, digest_file
 from armo.fit.heads import ObjectiveHeads, RewardUncertainty
+from armo.model.pretrained import folder_seal
 from armo.model.reward_model import ArmoRewardModel
 
 CONVERSATIONS = [
@@ -90,8 +93,12 @@ def test_all_thresholds_must_be_passed(scored):
         ({"charm": 0.5}, "Unknown objective 'charm'"),
         ({"honesty": math.nan}, "`thresholds` must be finite"),
         ({"honesty": math.inf}, "`thresholds` must be finite"),
+        ({"honesty": "0.5"}, "`thresholds` must be numbers by objective"),
+        ({"honesty": None}, "`thresholds` must be numbers by objective"),
+        ([0.5], "`thresholds` must be numbers by objective"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_thresholds_that_say_nothing_are_refused(scored, thresholds, message):
     with pytest.raises(ValueError, match=message):
         scored[0].score(CONVERSATIONS, thresholds=thresholds)
@@ -160,3 +167,57 @@ def test_uncertainty_is_saved_loaded_and_guarded(encoder, tmp_path):
     file.unlink()
     with pytest.raises(ArtifactError, match=r"No such file: .*uncertainty\.safetensors"):
         ArmoRewardModel.from_pretrained(tmp_path / "one", device="cpu")
+
+
+def _put(name, value):
+    return lambda tensors: tensors.update({name: value(tensors[name])})
+
+
+WRONG = {
+    "missing": (lambda tensors: tensors.pop("sigmas"), "missing sigmas"),
+    "missing share": (lambda tensors: tensors.pop("miscoverage"), "missing miscoverage"),
+    "unexpected": (lambda tensors: tensors.update(x=torch.ones(1)), "unexpected x"),
+    "a factor too few": (_put("vectors", lambda t: t[:-1]), r"`vectors` .* needs .*\[2, 32, 32\]"),
+    "an objective too few": (_put("factor_of", lambda t: t[:-1]), r"`factor_of` .*\[4\].*\[5\]"),
+    "no axis": (_put("values", lambda t: t[0, 0]), r"`vectors` .* needs .*\[1, 32, 32\]"),
+    "transposed": (_put("values", lambda t: t.T), r"`vectors` .* needs .*\[32, 32, 32\]"),
+    "rounded": (_put("alphas", lambda t: t.half()), "`alphas` is of torch.float16"),
+    "an unknown factor": (_put("factor_of", lambda t: t + 1), "`factor_of` must be -1 or one of 2"),
+    "nan": (_put("vectors", lambda t: t / 0 * 0), "not finite: vectors"),
+    "nan of a known objective": (_put("sigmas", lambda t: t.roll(1)), "not finite: sigmas"),
+    "nan quantiles": (_put("quantiles", lambda t: t * torch.nan), "not finite: quantiles"),
+    "no share": (_put("miscoverage", lambda t: t * 20), "`miscoverage` must be between 0 and 1"),
+    "several shares": (_put("miscoverage", lambda t: t.repeat(2)), "uncertainty.safetensors: "),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.usefixtures("no_type_checks")
+def test_uncertainty_of_other_shape_or_not_finite_is_refused(encoder, tmp_path, what):
+    model = make_model(encoder)
+    file = tmp_path / "uncertainty.safetensors"
+    known(model).save(file)
+    RewardUncertainty.load(file, heads=known(model).heads)
+    damage, message = WRONG[what]
+    tensors = load_file(file)
+    damage(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        RewardUncertainty.load(file, heads=known(model).heads)
+    assert "\n" not in str(caught.value)
+
+
+def test_uncertainty_of_other_heads_does_not_load_even_where_its_digest_is_right(encoder, tmp_path):
+    model = with_uncertainty(encoder)
+    model.save_pretrained(tmp_path)
+    file, weights = tmp_path / "uncertainty.safetensors", tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["alphas"][0] = torch.nan
+    save_file(tensors, file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["files"][file.name] = digest_file(file)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    own = load_file(weights)
+    save_file(own, weights, metadata={"sha256": folder_seal(config, own)})
+    with pytest.raises(ArtifactError, match=r"uncertainty\.safetensors: not finite: alphas"):
+        ArmoRewardModel.from_pretrained(tmp_path, device="cpu")

@@ -153,6 +153,9 @@ def test_the_verdict_names_the_preferred_response(model):
     probabilities = [float(re.search(r"probability ([\d.]+)", v)[1]) for v in verdicts[:2]]
     assert probabilities[0] == pytest.approx(probabilities[1], abs=2e-3)
     assert min(probabilities) >= 0.5
+    more = [re.search(r"it scores ([\d.]+) more than ([AB])$", v).groups() for v in verdicts[:2]]
+    assert float(more[0][0]) == pytest.approx(float(more[1][0]), abs=2e-3)
+    assert [other for _, other in more] == ["BA"["AB".index(v[0])] for v in verdicts[:2]]
     assert verdicts[2] == "a tie"
 
 
