@@ -7,6 +7,7 @@ written out.
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import conversation, make_model
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -45,6 +46,7 @@ def build(folder, builder=RewardBenchPipeline):
         pipe.tokenizer.pad_token_id = pipe.tokenizer.eos_token_id
     if pipe.model.config.pad_token_id is None:
         pipe.model.config.pad_token_id = pipe.tokenizer.pad_token_id
+    AcceleratorState._reset_state(reset_partial_state=True)  # of what ran here before
     pipe.model = Accelerator(cpu=True).prepare(pipe.model)
     return pipe, tokenizer
 
