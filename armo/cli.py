@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
@@ -105,7 +105,11 @@ def _in_one_line(task: Callable[[DictConfig], T]) -> Callable[[DictConfig], T]:
         try:
             return task(cfg)
         except KeyboardInterrupt:
-            resumes = "; the same command goes on where it was" if task.__name__ == "train" else ""
+            resumes = (
+                "; the same command goes on where it was"
+                if task.__name__ in ("train", "evaluate")
+                else ""
+            )
             print(f"armo: interrupted{resumes}", file=sys.stderr)
             sys.exit(130)
         except MissingMandatoryValue as error:
@@ -298,6 +302,7 @@ def evaluate(cfg: DictConfig) -> None:
     from armo.report.suite import (
         DETAILS,
         TestSets,
+        check_sets,
         evaluate_models,
         headlines,
         model_names,
@@ -305,8 +310,10 @@ def evaluate(cfg: DictConfig) -> None:
         score_models,
     )
 
-    paths = [cfg.model] if isinstance(cfg.model, str) else [str(path) for path in cfg.model]
-    names = model_names(paths, None if cfg.names is None else [str(name) for name in cfg.names])
+    paths, names = _one_or_several(cfg.model) or [], _one_or_several(cfg.names)
+    names = model_names(paths, names)
+    if cfg.probes < 0:
+        raise ValueError(f"`probes` must be 0 or more, got {cfg.probes}")
     here = [Path(path).expanduser() for path in paths]
     if cfg.card and (remote := [str(path) for path in here if not path.is_dir()]):
         raise ValueError(f"`card` writes into folders; {remote[0]} is none")
@@ -326,6 +333,7 @@ def evaluate(cfg: DictConfig) -> None:
     )
     if cfg.probes:
         sets = replace(sets, probes=probe_lists(sets.judged, most=cfg.probes, seed=cfg.seed))
+    check_sets(sets)
     models = {
         name: partial(
             ArmoRewardModel.from_pretrained,
@@ -338,7 +346,8 @@ def evaluate(cfg: DictConfig) -> None:
     output, console = Path(cfg.output_dir), _console(width=132)
     scored = score_models(models, sets.rows, output)
     evaluation = evaluate_models(sets, scored, seed=cfg.seed)
-    title = f"{', '.join(names)} on {', '.join(each.title for each in sets.benchmarks)}"
+    of_sets = ", ".join(each.title for each in sets.benchmarks)
+    title = f"{', '.join(names)} on {of_sets}"
     save_pages(evaluation, output, title=title)
     save_scores(output, sets, scored)
     shown = [
@@ -352,12 +361,19 @@ def evaluate(cfg: DictConfig) -> None:
             fill_card(
                 folder,
                 shown,
-                title="Evaluation",
+                title=f"Evaluation on {of_sets}",
                 name=name,
                 accuracies=headlines(sets, evaluation, name),
             )
             console.print(f"filled the card of {folder}")
     console.print(f"saved {output / 'report.html'}")
+
+
+def _one_or_several(value: Any) -> list[str] | None:
+    """A text alone is a list of one."""
+    if value is None:
+        return None
+    return [value] if isinstance(value, str) else [str(each) for each in value]
 
 
 def _few_sizes(table: Any) -> Any:
@@ -585,7 +601,12 @@ def _output_folder(cfg: DictConfig) -> Path:
 
 def _build(section: DictConfig, **more: Any) -> Any:
     """Make the function that a section names, its settings filled in as plain values."""
-    return instantiate(section, _convert_="all", **more)
+    try:
+        return instantiate(section, _convert_="all", **more)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError | OSError):
+            raise error.__cause__ from None  # what the function itself says, on its own
+        raise
 
 
 def _check_benchmark(section: DictConfig) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from conftest import make_model
@@ -166,6 +167,10 @@ def test_best_of_rated_lists(folders, pairs, tmp_path):
         (["data/benchmark=none"], "data/benchmark=pairs"),
         (["names=[x]"], "1 names for 2 models"),
         (["names=[x,x]"], "two models would be called 'x'"),
+        (["names=xy"], "1 names for 2 models"),
+        (["model=null"], "`model` names no model"),
+        (["probes=-1"], "`probes` must be 0 or more, got -1"),
+        (["names=[random,x]"], "'random' is a row or column"),
         (["data/benchmark=pairs", "data.benchmark.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["data/benchmark=suite", "data.benchmark.path=nowhere"], "nowhere"),
     ],
@@ -188,3 +193,65 @@ def test_a_model_that_is_damaged_stops_it_before_any_work(folders, tmp_path, pai
 def test_the_card_of_a_model_on_the_hub_is_not_ours(pairs):
     options = ("data/benchmark=pairs", f"data.benchmark.path={pairs}", "card=true")
     assert "org/model is none" in error_of("evaluate", "model=org/model", *options)
+
+
+def test_a_set_that_cannot_be_read_or_counted_is_told_in_its_own_words(folders, tmp_path):
+    tied = {"id": "a", "source": "s", "prompt": [{"role": "user", "content": "Which?"}]}
+    rows = [{**tied, "responses": ["One.", "Two."], "ranks": [1, 1]}]
+    path = write_rows(tmp_path / "tied.jsonl", rows)
+    options = ("data/benchmark=pairs", f"data.benchmark.path={path}", "output_dir=out")
+    error = error_of("evaluate", f"model={folders[0]}", *options)
+    assert error.strip() == "armo: error: tied: no list has an order: in each, all responses tie"
+    assert not (tmp_path / "out").exists()
+    path.write_text("{}\n")
+    error = error_of("evaluate", f"model={folders[0]}", *options)
+    assert "target" not in error
+    assert error.startswith(f"armo: error: {path}:1: field")
+
+
+def test_folders_with_spaces_and_an_interruption(folders, pairs, tmp_path, monkeypatch):
+    spaced = tmp_path / "my model"
+    shutil.copytree(folders[0], spaced)
+    options = (
+        f"model='{spaced}'",
+        "output_dir='out of this'",
+        "data/benchmark=pairs",
+        f"data.benchmark.path={pairs}",
+        "probes=0",
+        "names=[with spaces]",
+    )
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Backbone, "embed_chunks", interrupt)
+        status, _, err = run("evaluate", *options)
+    assert status == 130
+    assert "goes on where it was" in err
+    status, _, err = run("evaluate", *options)
+    assert status == 0, err
+    assert (tmp_path / "out of this/scores/pairs/with-spaces.jsonl").is_file()
+    assert "bias_probes" not in json.loads((tmp_path / "out of this/report.json").read_text())
+
+
+def test_sections_of_other_test_sets_stay_in_the_card(folders, pairs, tmp_path):
+    folder = tmp_path / "card"
+    shutil.copytree(folders[0], folder, ignore=shutil.ignore_patterns("README.md"))
+    for name in ("first", "second", "second"):
+        path = shutil.copy(pairs, tmp_path / f"{name}.jsonl")
+        options = ("data/benchmark=pairs", f"data.benchmark.path={path}", "card=true")
+        status, _, err = run("evaluate", f"model={folder}", "output_dir=out", "probes=0", *options)
+        assert status == 0, err
+        assert "metadata" not in err
+    card = ModelCard.load(folder / "README.md")
+    assert [each.dataset_name for each in card.data.eval_results] == ["first", "second"]
+    assert card.text.count("## Evaluation on first\n") == 1
+    assert card.text.count("## Evaluation on second\n") == 1
+
+
+def test_help_names_the_test_sets():
+    status, out, _ = run("evaluate", "--help")
+    assert status == 0
+    sets = ("builtin_test", "reward_bench", "reward_bench_2", "rm_bench", "judge_bench", "suite")
+    assert all(name in out for name in sets)

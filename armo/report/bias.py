@@ -106,7 +106,7 @@ def probe_table(
 
     Returns:
         The table `bias_probes`. A probe of which any model skipped a response is left out for all
-        models, and counted in the note.
+        models, and counted in the note. A pattern of one prompt alone has no interval: None.
 
     Raises:
         ValueError: If the scores do not fit the probes.
@@ -123,18 +123,25 @@ def probe_table(
     )  # those of other probes after these, as they come
     inside = torch.tensor([[kind == name for name in patterns] for kind in kinds])
     columns = []
+    several = [len(prompts[inside[:, k]].unique()) > 1 for k in range(len(patterns))]
     for model in versions[:, known] if patterns else ():
         credit = pairwise_accuracy(model[:, 1] - model[:, 0])
         parts = torch.where(inside, credit[:, None], torch.nan)
         each = torch.eye(len(patterns), dtype=torch.float64)
-        columns.append(bootstrap_contrasts(parts, each, prompts, seed=seed))
+        found = bootstrap_contrasts(parts, each, prompts, seed=seed)
+        columns.append(
+            [
+                _all(interval) if some else (interval.mean, None, None)
+                for interval, some in zip(found, several, strict=True)
+            ]
+        )
     left_out = len(probes) - int(known.sum())
     return Table(
         "bias_probes",
         "The same answer with and without a pattern: how often does the patterned one win?",
         ("pattern", "pairs", *(f"{name}{of}" for name in names for of in ("", " low", " high"))),
         tuple(
-            (name, int(inside[:, k].sum()), *(each for model in columns for each in _all(model[k])))
+            (name, int(inside[:, k].sum()), *(each for model in columns for each in model[k]))
             for k, name in enumerate(patterns)
         ),
         "1: the score likes the pattern, 0: it dislikes it, 0.5: neither; a tie counts half. 95 % "
@@ -189,15 +196,16 @@ def preference_bias_table(rows: Sequence[ResponseList], *, seed: int = 0) -> Tab
         "How often do right and wrong responses have a pattern?",
         (
             "pattern",
-            "responses right",
-            "with it",
-            "responses wrong",
-            "with it ",
+            "right",
+            "right with it",
+            "wrong",
+            "wrong with it",
             "gap",
             "low",
             "high",
         ),
         tuple(rows_shown),
+        f"Right and wrong: numbers of responses, and the share of them with the pattern. "
         f"{len(useful)} of {len(rows)} lists have both. Length: longer than the mean of the list. "
         "A gap is what a score can learn from these data, or be flattered by; 95 % bootstrap "
         "intervals over prompts.",

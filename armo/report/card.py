@@ -1,5 +1,6 @@
 """The model card: what was measured, put where people look first."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from armo.report.tables import Table
 
 USAGE = "\n## Use\n"
 
+METADATA: dict[str, Any] = {
+    "library_name": "armo",
+    "pipeline_tag": "text-classification",
+    "tags": ["reward-model"],
+}
+
 TASK = "preference_evaluation"
 
 
@@ -27,9 +34,7 @@ def new_card(tables: Sequence[Table], *, spec: BackboneSpec, usage: str) -> str:
         usage: The section on how to use it.
     """
     data = ModelCardData(
-        library_name="armo",
-        pipeline_tag="text-classification",
-        tags=["reward-model"],
+        **METADATA,
         # A folder is nothing that the hub could link to.
         base_model=None if Path(spec.id).expanduser().exists() else spec.id,
     )
@@ -60,6 +65,8 @@ def fill_card(
     """
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else "# An armo reward model\n"
+    if not text.startswith("---"):
+        text = f"---\n{ModelCardData(**METADATA).to_yaml()}\n---\n\n{text}"
     try:
         card = ModelCard(text)
     except (ValueError, yaml.YAMLError) as error:
@@ -72,7 +79,7 @@ def fill_card(
     data.eval_results = others + [
         EvalResult(
             task_type=TASK,
-            dataset_type=title.lower().replace(" ", "-"),
+            dataset_type=re.sub(r"[^\w.]+", "-", title.lower()).strip("-"),
             dataset_name=title,
             metric_type="accuracy",
             metric_value=round(value, 4),

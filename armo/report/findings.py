@@ -3,11 +3,15 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from armo.report.bias import RIGHT
 from armo.report.drawing import BASELINES, minus
 from armo.report.tables import Evaluation, Table
 
 FEW = 3
 """Models that a sentence tells one by one."""
+
+SHOWING = 6
+"""Pairs that can show a bias, all of them going one way: of five, one in sixteen does by chance."""
 
 
 def summarize(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -22,7 +26,7 @@ def summarize(evaluation: Evaluation) -> list[tuple[str, str]]:
         say = SENTENCES.get(table.name)
         if table.columns[:4] == ("model", "overall", "low", "high"):
             say = _standings
-        elif table.columns[:2] == ("subset", "prompts"):
+        elif table.columns[:2] == ("subset", "cases"):
             say = _levels
         text = say(table) if say is not None and table.rows else ""
         if text:
@@ -62,18 +66,22 @@ def _standings(table: Table) -> str:
         compared = models[1] if best is first else best
         if compared[4] is not None:
             gain = compared[4] if best is not first else -compared[4]
-            low, high = compared[5], compared[6]
-            clear = low is not None and high is not None and (low > 0.0 or high < 0.0)
+            low, high, p_value = compared[5:8]
+            known = low is not None and high is not None and p_value is not None
+            clear = known and (low > 0.0 or high < 0.0) and p_value < 0.05
             other = compared if best is first else first
-            shown = "" if clear else ", not more than chance would give"
-            # Without a p-value where hardly any resample holds a prompt of every subset.
-            chance = "no p-value" if compared[7] is None else f"p = {compared[7]:.3g}"
-            text += f", {gain:.3f} ahead of {other[0]} ({chance}{shown})"
+            notes = [] if p_value is None else [f"p = {p_value:.3g}"]
+            notes += [] if clear else ["not more than chance would give"]
+            text += (
+                f", {gain:.3f} ahead of {other[0]} ({', '.join(notes)})"
+                if gain
+                else f", as has {other[0]}"
+            )
         text += "."
     if nulls:
         null = nulls[0]
         text += f" The best null baseline, {null[0]}, gets {null[1]:.3f}"
-        behind = [row[0] for row in models if row[2] is not None and row[2] <= null[1]]
+        behind = [row[0] for row in models if row[2] is None or row[2] <= null[1]]
         verb = "is" if len(behind) == 1 else "are"
         text += f"; {_join(behind)} {verb} not clearly better than that." if behind else "."
     return text
@@ -105,7 +113,7 @@ def _probes(table: Table) -> str:
     found = []
     for k, name in enumerate(table.columns[2::3]):
         rows = [row for row in table.rows if row[2 + 3 * k] is not None]
-        clear = [row for row in rows if row[3 + 3 * k] > 0.5 or row[4 + 3 * k] < 0.5]
+        clear = [row for row in rows if row[1] >= SHOWING and _off_half(row[3 + 3 * k : 5 + 3 * k])]
         if not clear:
             found.append((0, f"{name} shows no clear bias"))
             continue
@@ -119,14 +127,22 @@ def _probes(table: Table) -> str:
     return "Bias probes: " + "; ".join(text for _, text in found) + "."
 
 
+def _off_half(interval: Sequence[float | None]) -> bool:
+    low, high = interval
+    return low is not None and high is not None and (low > 0.5 or high < 0.5)
+
+
 def _length(table: Table) -> str:
-    rows = [row for row in table.rows if row[1] is not None]
+    """Which model follows length least, beside what is right, which no model scored."""
+    told = {row[0]: minus(f"{row[1]:+.2f}") for row in table.rows if row[1] is not None}
+    rows = [row for row in table.rows if row[0] in told and row[0] != RIGHT]
     if not rows:
         return ""
     row = min(rows, key=lambda row: abs(row[1]))
-    least = "" if len(rows) == 1 else ", the least of all"
-    size = minus(f"{row[1]:+.2f}")
-    return f"Length: scores of {row[0]} correlate {size} with length within prompts{least}."
+    least = "" if len(rows) == 1 else f", the least of {len(rows)} models"
+    beside = f"; what is right correlates {told[RIGHT]}" if RIGHT in told else ""
+    text = f"Length: scores of {row[0]} correlate {told[row[0]]} with length within prompts"
+    return f"{text}{least}{beside}."
 
 
 def _best_of_n(table: Table) -> str:

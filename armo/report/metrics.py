@@ -97,7 +97,9 @@ def bootstrap_estimates(
     above: `p = min(1, 2 (1 + min(a, b)) / (1 + B))`. It is the bootstrap interval read backwards:
     `p < 0.05` where zero is outside of `[gain_low, gain_high]`, up to interpolation. It is never
     zero, and is 1 where the models do not differ. With about ten prompts small ones come too
-    often, as the intervals are too short; ties between models make large ones larger.
+    often, as the intervals are too short; ties between models make large ones larger. Of `n`
+    prompts it is at least `2^(1 - n)`, the least that turning their signs round can give: resamples
+    of so few are all alike, which is no evidence.
 
     Args:
         values: One value per model, unit and part; NaN where the unit is not in that part, which
@@ -130,6 +132,9 @@ def bootstrap_estimates(
     coefficients = coefficients.double()
     uses = (coefficients != 0.0).double()
 
+    # Prompts that have a part in each line.
+    prompts = ((sums[:, -parts:] > 0.0).double() @ uses.T > 0.0).sum(0)
+
     def lines(
         drawn: Float[Tensor, "drawn columns"],
     ) -> tuple[Float[Tensor, "drawn lines models"], Float[Tensor, "drawn lines"]]:
@@ -148,10 +153,13 @@ def bootstrap_estimates(
     zero = 1e-12 * float(filled.abs().max())  # below it, rounding
     tail = torch.minimum((gains <= zero).sum(0), (gains >= -zero).sum(0)).double()
     p_value = (2.0 * (1.0 + tail) / (1.0 + kept)).clamp(max=1.0)
+    p_value = torch.maximum(p_value, torch.exp2(1.0 - prompts.double())[:, None])
     low, high = _percentiles(own[..., None] + gains)
+    mean = mean[:, None] + gain
+    mean, low, high = (each.masked_fill(each.abs() <= zero, 0.0) for each in (mean, low, high))
     gain_low, gain_high = _percentiles(gains)
     return Estimates(
-        mean=(mean[:, None] + gain).T,
+        mean=mean.T,
         low=low.T,
         high=high.T,
         gain=gain.T,

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -95,7 +95,8 @@ def print_tables(tables: Sequence[Table], console: Console) -> None:
         title, note = Text(table.title, style="table.title"), Text(table.note, "table.caption")
         shown = RichTable(title=title, caption=note if table.note else None, title_justify="left")
         for name, sample in zip(table.columns, table.rows[0], strict=True):
-            shown.add_column(Text(name), justify="left" if isinstance(sample, str) else "right")
+            side: Literal["left", "right"] = "left" if isinstance(sample, str) else "right"
+            shown.add_column(Text(name), justify=side, overflow="fold")  # nothing is cut off
         for row in table.rows:
             shown.add_row(*(Text(cell(value)) for value in row))
         console.print(shown)
@@ -201,7 +202,7 @@ def to_html(evaluation: Evaluation, *, title: str) -> str:
 def _models(tables: Sequence[Table]) -> Iterator[str]:
     """Names of models, in the order in which the page has them."""
     for table in tables:
-        if table.columns[:2] == ("subset", "prompts"):
+        if table.columns[:2] == ("subset", "cases"):
             yield from table.columns[2:]
         elif table.name == "bias_probes":
             yield from table.columns[2::3]

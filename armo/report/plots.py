@@ -53,7 +53,7 @@ def draw(table: Table, looks: Looks) -> list[Picture]:
         looks: Of all models of the page.
     """
     plot = PLOTS.get(table.name)
-    if table.columns[:2] == ("subset", "prompts"):
+    if table.columns[:2] == ("subset", "cases"):
         plot = plot_subsets
     elif table.columns[:4] == ("model", "overall", "low", "high"):
         plot = plot_standings

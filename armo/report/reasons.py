@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from armo.data.conversation import ResponseList
+from armo.data.conversation import ResponseList, prompt_group
 from armo.fit.decorrelation import deviate, spearman
 from armo.report.lists import list_of_response
 from armo.report.scoring import ScoredLists
@@ -20,30 +20,33 @@ def weights_table(rows: Sequence[ResponseList], models: Mapping[str, ScoredLists
         rows: The lists; the kind of a prompt is the part of its category before a slash.
         models: What each model says of their responses, by its name.
     """
-    starts = _starts(rows)
-    kinds = [row.category.partition("/")[0] or "(no kind)" for row in rows]
+    asked = [
+        (row.category.partition("/")[0] or "(no kind)", prompt_group(row.prompt))
+        for row in rows
+        for _ in row.responses
+    ]
     entries = []
     for name, scored in models.items():
-        weights = scored.gating_weights[starts]
-        known = ~weights.isnan().any(1)
-        mean = weights[known].mean(0)
-        order = mean.argsort(descending=True).tolist()
+        known = (~scored.score.isnan()).nonzero()[:, 0].tolist()
+        # One response that has a score stands for its prompt: all have the same weights.
+        one = {asked[k]: k for k in reversed(known)}
+        kinds = [kind for kind, _ in one]
+        weights = scored.gating_weights[list(one.values())]
+        order = weights.mean(0).argsort(descending=True).tolist()
         for kind in sorted(set(kinds)):
-            here = torch.tensor([each == kind for each in kinds]) & known
-            if not bool(here.any()):
-                continue
-            average = weights[here].mean(0)
+            here = weights[torch.tensor([each == kind for each in kinds])]
+            average = here.mean(0)
             entries += [
-                (name, kind, int(here.sum()), scored.objectives[k], float(average[k]))
+                (name, kind, len(here), scored.objectives[k], float(average[k]))
                 for k in order
-                if float(weights[known][:, k].max()) > 0.0  # not those that are never mixed
+                if float(weights[:, k].max()) > 0.0  # not those that are never mixed
             ]
     return Table(
         "weights_by_kind",
         "What counts, by kind of prompt: mean gating weights",
         ("model", "kind", "prompts", "objective", "weight"),
         tuple(entries),
-        "Objectives without any weight are left out.",
+        "Over prompts, each counting once. Objectives without any weight are left out.",
     )
 
 
@@ -82,9 +85,3 @@ def _within(
 ) -> Float[Tensor, "objectives objectives"]:
     deviations = deviate(values, lists, scope="within_prompt")
     return spearman(deviations, deviations)
-
-
-def _starts(rows: Sequence[ResponseList]) -> Tensor:
-    """First response of each list: its weights are those of the prompt."""
-    counts = torch.tensor([len(row.responses) for row in rows])
-    return counts.cumsum(0) - counts

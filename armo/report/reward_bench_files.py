@@ -15,6 +15,8 @@ from armo.data.benchmarks import PRIOR_SETS, TIES, Benchmark
 from armo.data.conversation import ResponseList
 from armo.report.benchmarks import benchmark_credits
 
+MODEL_NAME = r"([\w-][\w.-]*/)?[\w-][\w.-]*"
+
 # As the leaderboard knows models whose score is a number per response.
 ABOUT = {"model_type": "Seq. Classifier", "chat_template": "tokenizer"}
 
@@ -47,7 +49,7 @@ def reward_bench_files(
     """
     if benchmark.rule not in ("reward_bench", "reward_bench_2"):
         raise ValueError(f"{benchmark.title} has no files of RewardBench's form")
-    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", model_name):
+    if not re.fullmatch(MODEL_NAME, model_name):
         raise ValueError(f"`model_name` must be a name or ORGANISATION/NAME, got {model_name!r}")
     model = model_name if "/" in model_name else f"local/{model_name}"
     credits = benchmark_credits(benchmark, scores[None])

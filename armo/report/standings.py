@@ -37,7 +37,7 @@ def standings(
         A table named after the benchmark with every line of its rule, subsets indented below
         what they are a part of; and one whose name ends in `_models` with its first line,
         intervals, and differences from the first model. Intervals and p-values that no resample
-        gives, see `bootstrap_estimates`, are None.
+        gives, see `bootstrap_estimates`, are None, and so are the intervals of a single prompt.
 
     Raises:
         ValueError: If a model has the name of a baseline, or see `benchmark_credits`.
@@ -68,17 +68,20 @@ def standings(
     ]
     models[0] = (*models[0][:4], None, None, None, None)
     prompts = len(credits.prompts.unique())
+    if prompts == 1:  # drawn again and again, it is always the same
+        models = [(*row[:2], None, None, row[4], None, None, row[7]) for row in models]
     return [
         Table(
             benchmark.name,
             benchmark.title,
-            ("subset", "prompts", *everyone),
+            ("subset", "cases", *everyone),
             lines,
             " ".join(
                 [
                     "Random: the mean of several random scores. Length only: the longer response "
                     "wins; shorter: the shorter one; format only: the one with more marks; ties "
-                    "count as the benchmark has it.",
+                    "count as the benchmark has it. Cases: what its rule counts, mostly the "
+                    f"responses to a prompt; there are {prompts} prompts.",
                     *(f"{note[0].upper()}{note[1:]}." for note in credits.notes),
                 ]
             ),

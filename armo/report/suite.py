@@ -2,8 +2,9 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,12 +18,14 @@ from armo.data.rated_lists import RatedLists
 from armo.embed.lists import EmbeddedLists, embed_lists
 from armo.model.reward_model import ArmoRewardModel
 from armo.report.abstention import abstention_tables
+from armo.report.benchmarks import benchmark_credits
 from armo.report.best_of_n import best_of_n_table
-from armo.report.bias import length_bias_table, preference_bias_table, probe_table
+from armo.report.bias import RIGHT, length_bias_table, preference_bias_table, probe_table
 from armo.report.calibration import calibration_tables
+from armo.report.drawing import BASELINES
 from armo.report.lists import prompt_of_list
 from armo.report.reasons import correlation_table, weights_table
-from armo.report.reward_bench_files import reward_bench_files
+from armo.report.reward_bench_files import MODEL_NAME, reward_bench_files
 from armo.report.scoring import ScoredLists, score_lists
 from armo.report.standings import standings
 from armo.report.tables import Evaluation, Table
@@ -32,6 +35,16 @@ SCORES = "scores"
 
 # Tables that are for a picture or for another program, and too long for a terminal.
 DETAILS = ("weights_by_kind", "correlations", "reliability", "abstention")
+
+# What no model may be called: it is a row or column beside the models already.
+RESERVED = {*BASELINES, RIGHT, "subset", "cases", "pattern", "pairs"}
+
+# What no test set may be called: tables have these names, or scores are saved under them.
+TAKEN = {
+    *DETAILS,
+    *("calibration", "abstention_summary", "preference_bias", "length_bias", "bias_probes"),
+    *("probes", "best_of_n"),
+}
 
 # Pairs of a right and a wrong response that one list gives at most: all nine of RM-Bench's, and
 # not the hundreds of a list of thirty.
@@ -93,15 +106,56 @@ def model_names(paths: Sequence[str], names: Sequence[str] | None = None) -> lis
     """
     if not paths:
         raise ValueError("`model` names no model")
+    if not all(paths):
+        raise ValueError("`model` has an empty name")
     if names is None:
         parts = [Path(path).expanduser().resolve().parts for path in paths]
         # The stage folder that `armo train` makes says nothing.
         names = [part[-2] if part[-1] == "model" and len(part) > 2 else part[-1] for part in parts]
     if len(names) != len(paths):
         raise ValueError(f"`names` has {len(names)} names for {len(paths)} models")
-    if repeated := sorted({name for name in names if list(names).count(name) > 1}):
+    ends = {f"{name} {end}" for name in names for end in ("low", "high")}
+    if reserved := sorted((RESERVED | ends) & set(names)):
+        raise ValueError(
+            f"`names`: {reserved[0]!r} is a row or column of the tables; choose another"
+        )
+    if not all(names):
+        raise ValueError("`names` has an empty name")
+    files = [_file_name(name) for name in names]
+    if repeated := sorted(
+        {n for n, file in zip(names, files, strict=True) if files.count(file) > 1}
+    ):
         raise ValueError(f"two models would be called {repeated[0]!r}; say `names=[...]`")
     return list(names)
+
+
+def _file_name(name: str) -> str:
+    """The name of a model as that of a file, in a folder of its organisation if it names one."""
+    if re.fullmatch(MODEL_NAME, name):
+        return name
+    return re.sub(r"^\.+|[^\w.-]+", "-", name)
+
+
+def check_sets(sets: TestSets) -> None:
+    """Apply the rule of each set to scores that are all alike, before hours of embedding.
+
+    Raises:
+        ValueError: If a rule cannot count the rows of its set, two sets or a set and a table have
+            one name, or no list leaves anything to choose.
+    """
+    names = [benchmark.name for benchmark in sets.benchmarks]
+    for benchmark in sets.benchmarks:
+        if names.count(benchmark.name) > 1 or benchmark.name in TAKEN:
+            raise ValueError(f"`name` of a test set: {benchmark.name!r} is taken; choose another")
+        if not re.fullmatch(r"\w[\w.-]*", benchmark.name):
+            raise ValueError(f"`name` of a test set must be that of a file, got {benchmark.name!r}")
+        alike = torch.zeros(1, sum(len(row.responses) for row in benchmark.rows))
+        try:
+            benchmark_credits(benchmark, alike)
+        except ValueError as error:
+            raise ValueError(f"{benchmark.title}: {error}") from None
+    if sets.rated is not None and not any(len(row.responses) > 1 for row in sets.rated.rows):
+        raise ValueError("best of N needs a list of two responses, there is none")
 
 
 def score_models(
@@ -157,7 +211,7 @@ def evaluate_models(sets: TestSets, models: ScoredModels, *, seed: int = 0) -> E
         *_pair_tables(sets.judged, models, judged, seed=seed),
         weights_table(sets.judged, inside),
         correlation_table(sets.judged, inside),
-        preference_bias_table(sets.judged),
+        preference_bias_table(sets.judged, seed=seed),
         length_bias_table(names, scores[:, judged], sets.judged, surface[judged], seed=seed),
     ]
     if sets.probes:
@@ -184,15 +238,22 @@ def _pair_tables(
     there = ~differences.isnan().any(0)
     if not bool(there.any()):
         return []
+    left_out = int((~there).sum())
     differences, prompts = differences[:, there], prompts[there]
+    if len(prompts.unique()) == 1:  # of one prompt nothing is known but itself
+        return []
     probabilities = {
         name: torch.sigmoid(models.beta[name] * difference)
         for name, difference in zip(models.scored, differences, strict=True)
     }
     right_wins = torch.ones(len(prompts), dtype=torch.float64)
+    note = f" {left_out} pairs left out: too long for a model." if left_out else ""
     return [
-        *calibration_tables(probabilities, right_wins, prompts, seed=seed),
-        *abstention_tables([*models.scored], differences, prompts, seed=seed),
+        replace(table, note=table.note + note)
+        for table in (
+            *calibration_tables(probabilities, right_wins, prompts, seed=seed),
+            *abstention_tables([*models.scored], differences, prompts, seed=seed),
+        )
     ]
 
 
@@ -211,8 +272,10 @@ def save_scores(folder: Path, sets: TestSets, models: ScoredModels) -> None:
 
     One file per set and model, one line per prompt with its `id`, `category` and the `scores` of
     its responses in their order, null where one was skipped as too long; and for RewardBench the
-    files of its own tools.
+    files of its own tools. Files of an earlier evaluation go.
     """
+    for old in (folder / SCORES).rglob("*.json*"):
+        old.unlink()
     parts: dict[str, Sequence[ResponseList]] = {each.name: each.rows for each in sets.benchmarks}
     parts |= {"probes": sets.probes, "best_of_n": sets.rated.rows if sets.rated else ()}
     start = 0
@@ -225,7 +288,7 @@ def save_scores(folder: Path, sets: TestSets, models: ScoredModels) -> None:
                 for row, first, last in zip(rows, ends, ends[1:], strict=False)
             ]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_text(folder / SCORES / part / f"{name}.jsonl", text)
+            write_text(folder / SCORES / part / f"{_file_name(name)}.jsonl", text)
         start = ends[-1]
     start = 0
     for benchmark in sets.benchmarks:
@@ -233,7 +296,8 @@ def save_scores(folder: Path, sets: TestSets, models: ScoredModels) -> None:
         if benchmark.rule.startswith("reward_bench"):
             for name, scored in models.scored.items():
                 place = folder / SCORES / f"{benchmark.name}_files"
-                reward_bench_files(place, benchmark, name, scored.score[start:stop])
+                file_name = _file_name(name)
+                reward_bench_files(place, benchmark, file_name, scored.score[start:stop])
         start = stop
 
 

@@ -53,7 +53,7 @@ def benchmark(name, title, subsets, models, generator):
             for m, mean in means.items()
         ]
         rows.append((label, prompts, *values))
-    table = Table(name, title, ("subset", "prompts", *means), tuple(rows), "Credit by the rule.")
+    table = Table(name, title, ("subset", "cases", *means), tuple(rows), "Credit by the rule.")
     first = models[0]
     standing = tuple(
         (m, *spread(mean), *(() if m != first else (None,) * 4))
@@ -113,7 +113,7 @@ def evaluation_tables(models, *, objectives=OBJECTIVES[:6], kinds=KINDS, seed=0)
         rows.append(tuple(row))
     note = "Share of pairs in which the version with the pattern wins; ties count half."
     tables.append(Table("bias_probes", "Does style alone win?", tuple(columns), tuple(rows), note))
-    columns = ("pattern", "responses right", "with it", "responses wrong", "with it ", "gap")
+    columns = ("pattern", "right", "right with it", "wrong", "wrong with it", "gap")
     rows = []
     for pattern in patterns[:6]:
         right, wrong = g.uniform(0.2, 0.6), g.uniform(0.1, 0.5)

@@ -155,7 +155,7 @@ def test_preference_bias_is_the_share_of_right_and_of_wrong_responses_with_a_pat
     )
     table = preference_bias_table(rows)
     assert table.columns == (
-        *("pattern", "responses right", "with it", "responses wrong", "with it ", "gap"),
+        *("pattern", "right", "right with it", "wrong", "wrong with it", "gap"),
         *("low", "high"),
     )
     assert table.column("pattern") == list(PATTERNS)

@@ -66,8 +66,16 @@ def test_results_of_several_benchmarks_stay_side_by_side(folder):
     }
 
 
-def test_a_folder_without_a_card_gets_one(tmp_path):
-    assert "| ours | 0.750 |" in filled(tmp_path, TABLE)
+@pytest.mark.parametrize("text", [None, "# Mine\n"])
+def test_a_folder_without_a_card_or_metadata_gets_them_and_no_warning(tmp_path, caplog, text):
+    if text is not None:
+        (tmp_path / CARD).write_text(text)
+    card = filled(tmp_path, TABLE, accuracies=[("JudgeBench, GPT-4o", 0.5)])
+    assert "| ours | 0.750 |" in card
+    data = ModelCard(card).data
+    assert data.library_name == "armo"
+    assert [each.dataset_type for each in data.eval_results] == ["judgebench-gpt-4o"]
+    assert not caplog.text
 
 
 def test_text_that_people_wrote_stays(folder):

@@ -1,6 +1,7 @@
 import pytest
 from sample_tables import FEW, MANY, ONE
 
+from armo.report.bias import RIGHT
 from armo.report.drawing import MINUS
 from armo.report.findings import summarize
 from armo.report.tables import Evaluation, Table
@@ -52,7 +53,7 @@ def test_one_model_is_not_called_the_best():
 
 
 def test_who_loses_least_from_easy_to_hard_is_said():
-    columns = ("subset", "prompts", "a", "b", "length only")
+    columns = ("subset", "cases", "a", "b", "length only")
     rows = (("easy", 9, 0.9, 0.8, 0.6), ("hard", 9, 0.5, 0.6, 0.6))
     assert say(Table("rm_bench", "RM-Bench: scores", columns, rows)) == [
         "RM-Bench: b loses least to style, from 0.800 on easy to 0.600 on hard pairs."
@@ -82,9 +83,40 @@ def test_of_many_models_the_ends_are_told():
 def test_the_model_with_the_least_correlation_with_length_is_named():
     assert dict(summarize(FEW))["length_bias"] == (
         "Length: scores of armorm-llama3-8b correlate +0.01 with length within prompts, the least "
-        "of all."
+        "of 3 models."
     )
     assert "least" not in dict(summarize(ONE))["length_bias"]
+
+
+def test_what_is_right_is_no_model_that_follows_length():
+    table = Table("length_bias", "L", ("model", "r"), (("a", 0.2), (RIGHT, 0.05)))
+    assert say(table) == [
+        "Length: scores of a correlate +0.20 with length within prompts; what is right correlates "
+        "+0.05."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gain", "p_value", "told"),
+    [
+        (-0.1, 0.04, "0.100 ahead of b (p = 0.04)"),
+        (-0.1, 0.5, "0.100 ahead of b (p = 0.5, not more than chance would give)"),
+        (-0.1, None, "0.100 ahead of b (not more than chance would give)"),
+        (0.0, 1.0, "a is best of 2 models with 0.800 [0.700, 0.900], as has b."),
+    ],
+)
+def test_a_lead_is_told_with_its_evidence(gain, p_value, told):
+    columns = ("model", "overall", "low", "high", "ahead of a by", "from", "to", "p")
+    first = ("a", 0.8, 0.7, 0.9, None, None, None, None)
+    rows = (first, ("b", 0.8 + gain, 0.6, 0.8, gain, -0.2, -0.01 if gain else 0.2, p_value))
+    assert told in say(Table("x_models", "X: overall", columns, rows))[0]
+
+
+def test_a_few_pairs_show_no_bias():
+    columns = ("pattern", "pairs", "a", "a low", "a high")
+    for pairs, told in ((5, "no clear bias"), (6, "biased on 1 of 1")):
+        rows = (("bold", pairs, 1.0, 1.0, 1.0),)
+        assert told in say(Table("bias_probes", "B", columns, rows))[0]
 
 
 @pytest.mark.parametrize("most", [0.02, 0.04])
@@ -159,6 +191,4 @@ def test_every_sentence_is_one_and_belongs_to_a_table_of_the_page(evaluation):
 
 def test_a_lead_without_a_p_value_is_said_to_have_none():
     second = ("b", 0.9, None, None, 0.1, None, None, None)
-    assert "0.100 ahead of a (no p-value, not more than chance would give)" in standings(
-        FIRST, second, RANDOM
-    )
+    assert "0.100 ahead of a (not more than chance would give)" in standings(FIRST, second, RANDOM)

@@ -169,6 +169,8 @@ def test_estimates_of_several_models_are_those_of_the_same_prompts_drawn_row_by_
     mean, drawn = slow_lines(values, lines, groups, seed=seed, draws=99)
     over, gains = mean - mean[reference], drawn - drawn[:, reference, None]
     below, above = (gains <= 1e-9).sum(0), (gains >= -1e-9).sum(0)
+    used = lines.abs().double() @ (~values[0].isnan()).double().T > 0.0  # of each unit
+    prompts = np.array([[len(groups[here].unique()) for here in used]])
     expected = {
         "mean": mean,
         "low": np.nanquantile(drawn, 0.025, axis=0),
@@ -176,8 +178,9 @@ def test_estimates_of_several_models_are_those_of_the_same_prompts_drawn_row_by_
         "gain": over,
         "gain_low": np.nanquantile(gains, 0.025, axis=0),
         "gain_high": np.nanquantile(gains, 0.975, axis=0),
-        "p_value": np.minimum(
-            1.0, 2 * (1 + np.minimum(below, above)) / (1 + (~np.isnan(gains)).sum(0))
+        "p_value": np.maximum(
+            0.5 ** (prompts - 1),
+            np.minimum(1.0, 2 * (1 + np.minimum(below, above)) / (1 + (~np.isnan(gains)).sum(0))),
         ),
     }
     for name, value in expected.items():
@@ -235,6 +238,22 @@ def test_a_difference_that_is_there_has_a_small_p_value_and_never_zero():
     assert found.p_value[1].tolist() == [2 / 1001]
     worse = bootstrap_estimates(right, ONE, torch.arange(200), reference=1, draws=1000)
     assert worse.p_value[0].tolist() == [2 / 1001]
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 5, 9, 30])
+def test_few_prompts_that_all_agree_are_no_more_evidence_than_a_sign_test_gives(prompts):
+    values = torch.zeros(2, prompts, 1).double()
+    values[1] = 1.0
+    found = bootstrap_estimates(values, torch.ones(1, 1).double(), torch.arange(prompts))
+    sign_test = scipy.stats.binomtest(prompts, prompts).pvalue
+    assert float(found.p_value[1]) == pytest.approx(max(sign_test, 2 / 2001))
+
+
+def test_a_mean_of_nothing_but_zeros_is_zero_and_not_what_rounding_leaves():
+    values = torch.rand(2, 7, 3, generator=torch.Generator().manual_seed(0)).double()
+    values[1] = 0.0
+    found = bootstrap_estimates(values, torch.full((1, 3), 1 / 3).double(), torch.arange(7))
+    assert found.mean[1].tolist() == found.low[1].tolist() == found.high[1].tolist() == [0.0]
 
 
 def test_gains_are_paired_and_not_those_of_two_models_apart():

@@ -420,3 +420,15 @@ def test_lists_whose_right_response_is_never_the_longer_one_have_a_picture(colum
         tuple(None if k in columns else value for k, value in enumerate(row)) for row in table.rows
     )
     assert "<svg" in to_html(Evaluation((dataclasses.replace(table, rows=rows),)), title="holes")
+
+
+def test_a_narrow_terminal_cuts_nothing_off():
+    names = ("pattern", "affirmative-model", "another-long-name")
+    table = Table("t", "T", names, (("exclamation", 0.123, 0.456),))
+    buffer = io.StringIO()
+    print_tables([table], Console(file=buffer, width=24))
+    shown = buffer.getvalue()
+    assert "…" not in shown
+    cells = [line.split("│") for line in shown.splitlines() if "│" in line]
+    texts = ["".join(row[k].strip() for row in cells) for k in (1, 2, 3)]
+    assert texts == ["exclamation", "0.123", "0.456"]

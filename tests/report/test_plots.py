@@ -125,7 +125,7 @@ def test_standings_are_drawn_from_best_to_worst_with_their_intervals():
 
 
 def test_easy_normal_and_hard_stand_beside_each_other_by_model():
-    columns = ("subset", "prompts", "a", "b", "random")
+    columns = ("subset", "cases", "a", "b", "random")
     rows = (("overall", 9, 0.7, 0.6, 0.5), ("  Chat", 9, 0.9, 0.6, 0.5))
     rows += (("hard", 9, 0.4, 0.3, 0.5), ("easy", 9, 0.9, 0.8, 0.5), ("normal", 9, 0.7, 0.6, 0.5))
     levels, subsets = draw(Table("rm_bench", "RM-Bench", columns, rows), Looks(["a", "b"]))
@@ -143,7 +143,7 @@ def test_easy_normal_and_hard_stand_beside_each_other_by_model():
 
 def test_subsets_deeper_than_the_second_level_are_left_to_the_table():
     rows = (("overall", 9, 0.5), ("  Chat", 9, 0.5), ("    long", 4, 0.5))
-    [picture] = draw(Table("x", "X", ("subset", "prompts", "a"), rows), Looks(["a"]))
+    [picture] = draw(Table("x", "X", ("subset", "cases", "a"), rows), Looks(["a"]))
     labels = [label.get_text() for label in picture.figure.axes[0].get_yticklabels()]
     assert labels == ["overall", "Chat"]
 

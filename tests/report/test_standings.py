@@ -60,7 +60,7 @@ def tables_of(credits, **more):
 def test_means_are_those_of_the_pairs_of_each_category(seed):
     credits = drawn_credits(seed, models=2)
     table, _ = tables_of(credits)
-    assert table.columns == ("subset", "prompts", "model 0", "model 1", *NULL)
+    assert table.columns == ("subset", "cases", "model 0", "model 1", *NULL)
     categories = [category for category, _, _ in PAIRS]
     rows = {row[0]: row[1:4] for row in table.rows}
     assert list(rows) == ["overall", "  chat", "    chat/easy", "    chat/hard", "  math"]

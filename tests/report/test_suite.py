@@ -1,5 +1,7 @@
 """Models side by side: every text once, the rows of each set where they belong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_model
@@ -8,12 +10,17 @@ from armo.data.benchmarks import Benchmark
 from armo.data.conversation import Message, ResponseList
 from armo.data.rated_lists import RatedLists
 from armo.report import suite
+from armo.report.findings import summarize
+from armo.report.pages import to_html
+from armo.report.reasons import weights_table
 from armo.report.suite import (
     PAIRS_OF_LIST,
     TestSets,
+    check_sets,
     evaluate_models,
     model_names,
     right_and_wrong,
+    save_scores,
     score_models,
 )
 
@@ -176,8 +183,86 @@ def test_models_are_named_after_their_folders(paths, names, expected):
         (["runs/a/model", "other/a/model"], None, "called 'a'"),
         (["runs/a"], ["x", "y"], "2 names for 1 models"),
         ([], None, "names no model"),
+        ([""], None, "`model` has an empty name"),
+        (["runs/a"], [""], "`names` has an empty name"),
+        (["runs/a"], ["random"], "'random' is a row or column"),
+        (["runs/a"], ["what is right"], "'what is right' is a row or column"),
+        (["runs/a"], ["subset"], "'subset' is a row or column"),
+        (["a", "b"], ["x", "x low"], "'x low' is a row or column"),
+        (["a", "b"], ["x y", "x-y"], "two models would be called"),
     ],
 )
 def test_names_that_do_not_tell_models_apart_are_refused(paths, names, message):
     with pytest.raises(ValueError, match=message):
         model_names(paths, names)
+
+
+def test_scores_are_saved_in_the_folder_whatever_models_are_called_and_no_old_ones_stay(
+    sets, scored, tmp_path
+):
+    names = ["my model", "../../up"]
+    models = replace(
+        scored,
+        scored=dict(zip(names, scored.scored.values(), strict=True)),
+        beta=dict(zip(names, scored.beta.values(), strict=True)),
+    )
+    old = tmp_path / "out/scores/pairs/old.jsonl"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    save_scores(tmp_path / "out", sets, models)
+    files = {path.name for path in tmp_path.rglob("*.jsonl")}
+    assert files == {"my-model.jsonl", "--..-up.jsonl"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": (row("a", correct=(0, 1)),)}, "Some pairs: no list has an order"),
+        ({"name": "calibration"}, "'calibration' is taken"),
+        ({"name": "probes"}, "'probes' is taken"),
+        ({"name": "../up"}, "must be that of a file"),
+        ({"name": "lists"}, "'lists' is taken"),
+    ],
+)
+def test_sets_that_cannot_be_counted_are_refused_before_they_are_embedded(sets, changes, message):
+    first, *rest = sets.benchmarks
+    check_sets(sets)
+    with pytest.raises(ValueError, match=message):
+        check_sets(replace(sets, benchmarks=(replace(first, **changes), *rest)))
+
+
+def test_best_of_n_needs_a_choice(sets):
+    rated = RatedLists((row("r", responses=1),), torch.zeros(1).double())
+    with pytest.raises(ValueError, match="best of N needs a list of two"):
+        check_sets(replace(sets, rated=rated))
+
+
+def test_pairs_that_a_model_skipped_are_told_where_the_others_count(sets, scored):
+    short = {name: replace(each, score=each.score.clone()) for name, each in scored.scored.items()}
+    short["a"].score[0] = torch.nan
+    evaluation = evaluate_models(sets, replace(scored, scored=short))
+    for name in ("calibration", "abstention_summary"):
+        assert "1 pairs left out" in evaluation.table(name).note
+        assert "left out" not in evaluate_models(sets, scored).table(name).note
+
+
+def test_one_prompt_has_no_interval_and_no_evidence(models, tmp_path):
+    sets = TestSets((Benchmark("pairs", "One", "pairs", (row("p"),)),), probes=(row("x"),))
+    evaluation = evaluate_models(sets, score_models(models, sets.rows, tmp_path))
+    for _, _, low, high, _, start, end, p_value in evaluation.table("pairs_models").rows:
+        assert (low, high, start, end) == (None,) * 4
+        assert p_value in (None, 1.0)
+    assert evaluation.table("bias_probes").rows[0][3:5] == (None, None)
+    assert "calibration" not in [table.name for table in evaluation.tables]
+    assert "biased on" not in str(summarize(evaluation))
+    assert "<svg" in to_html(evaluation, title="One")
+
+
+def test_weights_are_over_prompts_and_not_over_their_lists(sets, scored):
+    twice = replace(sets.benchmarks[0], rows=sets.benchmarks[0].rows[:1] * 3)
+    rows = slice(0, 2)
+    models = {name: each.part(torch.arange(2).repeat(3)) for name, each in scored.scored.items()}
+    once = weights_table(twice.rows[:1], {n: e.part(rows) for n, e in scored.scored.items()})
+    assert {row[2] for row in once.rows} == {1}
+    assert weights_table(twice.rows, models).rows == once.rows
