@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from armo.artifacts import (
     read_json,
     require_artifact,
 )
+from armo.data.augment import Change, change_pairs
 from armo.data.conversation import PreferencePair, RatedResponse, ResponseList
 from armo.data.objectives import ObjectiveSet
 from armo.data.surface import SURFACE_FEATURES, SURFACE_VERSION
@@ -237,6 +239,7 @@ def run_embed(
     test_fraction: float,
     min_ratings: int,
     shard_rows: int,
+    changes: Sequence[Change] = (),
 ) -> None:
     """Read and check the rows, and embed every distinct prompt and response.
 
@@ -256,6 +259,7 @@ def run_embed(
         test_fraction: Share of prompts kept for the report.
         min_ratings: Training ratings that each objective needs.
         shard_rows: Responses per shard of the store, about.
+        changes: Of the pairs of the training side; see `armo.data.augment.change_pairs`.
     """
     inputs = {str(file): digest_file(file) for file in files}
     folder, revision = backbone_id
@@ -263,15 +267,25 @@ def run_embed(
     inputs["covariates"] = digest_json([SURFACE_FEATURES, SURFACE_VERSION])
     inputs["rows"] = digest_json(ROWS_FORMAT)
 
+    lists = stream_lists or tuple
+    benchmark = stream_benchmark or tuple
+
     def work(folder: Path) -> None:
         embed_rows(
             folder,
             load=backbone,
             objectives=objectives,
             ratings=stream_ratings(objectives=objectives),
-            pairs=stream_pairs(objectives=objectives),
-            lists=stream_lists() if stream_lists is not None else (),
-            benchmark=two_right(stream_benchmark()) if stream_benchmark is not None else (),
+            pairs=change_pairs(
+                lambda: stream_pairs(objectives=objectives),
+                changes,
+                others=lambda: chain(
+                    stream_ratings(objectives=objectives), lists(), two_right(benchmark())
+                ),
+                test_fraction=test_fraction,
+            ),
+            lists=lists(),
+            benchmark=two_right(benchmark()),
             test_fraction=test_fraction,
             min_ratings=min_ratings,
             shard_rows=shard_rows,

@@ -363,6 +363,91 @@ def test_lists_to_train_on_ties_and_margins_go_the_way_of_the_command_line(
     assert "up to date" in run(*command)[1]
 
 
+@pytest.fixture(scope="module")
+def augmented(arguments, rows, tmp_path_factory):
+    """A whole run with added pairs, and doubts about a training and a test row."""
+    folder = tmp_path_factory.mktemp("augmented")
+    write_rows(
+        folder / "annotated.jsonl",
+        [{"id": id, "armo_preference": 1e-4} for id in ("p0", "p2")]
+        + [{"id": f"p{k}", "armo_preference": 0.9} for k in (1, *range(3, 20))],
+    )
+    command = (
+        *arguments,
+        *("data/augment=shortcuts", "data.augment.off_prompt=1", "data.augment.truncated=1"),
+        *("data.augment.restyled=1", "data.augment.judged=[honesty]"),
+        *("data/noise=strengths", f"data.noise.strengths.paths={folder / 'annotated.jsonl'}"),
+        f"output_dir={folder / 'run'}",
+    )
+    status, out, err = run(*command)
+    assert status == 0, err
+    return folder, command, out
+
+
+def test_augmentation_adds_to_the_training_side_alone(augmented, trained):
+    folder, command, out = augmented
+    data = EmbeddedData.load(folder / "run" / "embeddings")
+    plain = EmbeddedData.load(trained[0] / "embeddings")
+    tables = data.tables
+    added = torch.tensor([data.sources[k].startswith("augmented/") for k in tables.pairs_source])
+    assert set(data.sources) == {
+        "test",
+        *(f"augmented/{kind}" for kind in ("off_prompt", "truncated", "restyled")),
+    }
+    assert len(added) - int(added.sum()) == len(plain.tables.pairs_chosen) == 60
+    assert torch.equal(tables.pairs_train[~added], plain.tables.pairs_train)
+    assert torch.equal(tables.pairs_test[~added], plain.tables.pairs_test)
+    assert tables.pairs_train[added].all()
+    assert not tables.pairs_test[added].any()
+    groups = tables.group_of_response
+    test_groups = set(groups[tables.pairs_chosen[tables.pairs_test]].tolist())
+    assert test_groups.isdisjoint(groups[tables.pairs_chosen[added]].tolist())
+    ties = torch.tensor([data.sources[k].endswith("restyled") for k in tables.pairs_source])
+    assert torch.equal(tables.pairs_preference == 0.5, ties)
+    judged = tables.pairs_judgements[:, data.objectives.index("honesty")]
+    assert torch.equal(judged == 1.0, added & ~ties)
+    assert "off_prompt pairs added to 48 training pairs" in out
+    assert "up to date" in run(*command, "stages=[embed]")[1]
+
+
+def test_noise_flips_a_training_pair_and_never_a_test_pair(augmented, rows, tmp_path):
+    folder, command, out = augmented
+    assert "noise, flip: 1 of 48 training pairs changed, 32 without a strength stay" in out
+    spool = folder / "run" / "embeddings"
+    data = EmbeddedData.load(spool)
+    tables = data.tables
+    own = (tables.pairs_source == data.sources.index("test")).nonzero()[:, 0]
+    lengths = tables.covariates[:, data.covariates.index("log_length")]
+    for k in (0, 2):
+        place = own[k]
+        chosen, rejected = rows[2][k]["chosen"], rows[2][k]["rejected"]
+        if k == 2:
+            chosen, rejected = rejected, chosen
+        measured = surface_features([chosen, rejected])[:, SURFACE_FEATURES.index("log_length")]
+        of = torch.stack([tables.pairs_chosen[place], tables.pairs_rejected[place]])
+        assert lengths[of].tolist() == pytest.approx(measured.tolist())
+        assert measured[0] != measured[1]
+    write_rows(tmp_path / "other.jsonl", [{"id": "p2", "armo_preference": 0.9}])
+    more = (f"data.noise.strengths.paths={tmp_path / 'other.jsonl'}", "stages=[embed]")
+    status, out, err = run(*command, *more, f"output_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    assert "0 of 48 training pairs changed" in out
+    again = (*command, *more, f"output_dir={tmp_path / 'run'}")
+    assert "up to date" in run(*again)[1]
+    write_rows(tmp_path / "other.jsonl", [{"id": "p2", "armo_preference": 0.1}])
+    assert "1 of 48 training pairs changed" in run(*again, "data.noise.share=1")[1]
+
+
+def test_the_texts_of_an_augmented_run_are_found_again(augmented, tmp_path):
+    from armo import cli
+
+    folder = augmented[0] / "run"
+    model = ArmoRewardModel.from_pretrained(folder / "model", device="cpu")
+    training = cli._training_prompts(folder, model, texts=tmp_path)
+    assert training.text is not None
+    assert training.text([0])[0][-1].role == "user"
+
+
 def test_changed_lists_are_read_again_and_their_old_texts_are_not_embedded_again(
     arguments, listed, tmp_path
 ):

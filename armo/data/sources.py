@@ -299,6 +299,11 @@ class ScorableRow:
     responses: tuple[str, ...]
     single: bool
 
+    @property
+    def conversations(self) -> list[list[Message]]:
+        """The prompt with each of the responses."""
+        return [[*self.prompt, Message("assistant", response)] for response in self.responses]
+
 
 def load_scorable(
     path: Paths,
@@ -319,21 +324,43 @@ def load_scorable(
         DataError: Naming file, row and field, at the first row that cannot be scored.
         ValueError: If `columns` names a field that is not scored.
     """
-    mapped = ColumnMap(SCORABLE_FIELDS, columns)
     rows: list[ScorableRow] = []
+    for place, _, row in stream_scorable(path, columns=columns):
+        if isinstance(row, ScorableRow) and responses not in (None, len(row.responses)):
+            row = ValueError(f"needs {responses} responses, has {len(row.responses)}")
+        if isinstance(row, ValueError):
+            raise DataError(f"{place}: {row}")
+        rows.append(row)
+    return rows
+
+
+def stream_scorable(
+    path: Paths, *, columns: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, dict[str, Any], ScorableRow | ValueError]]:
+    """Yield each row as it is in the file, with its place, and as a row to score or what is wrong.
+
+    Args:
+        path: As for `load_scorable`.
+        columns: As for `load_scorable`.
+
+    Raises:
+        DataError: If there are no rows, or a file cannot be read on.
+        ValueError: If `columns` names a field that is not scored.
+    """
+    mapped = ColumnMap(SCORABLE_FIELDS, columns)
+    number = 0
     for file in data_files(path, builtin_file=BUILTIN_FILES["ratings"]):
         for place, raw in read_rows(file):
+            row: ScorableRow | ValueError
             try:
                 native = mapped.native(raw) if _is_mapped(file, mapped) else raw
-                row = _scorable(native, number=len(rows))
-                if responses not in (None, len(row.responses)):
-                    raise ValueError(f"needs {responses} responses, has {len(row.responses)}")
-                rows.append(row)
+                row = _scorable(native, number=number)
             except ValueError as error:
-                raise DataError(f"{place}: {error}") from None
-    if not rows:
+                row = error
+            number += 1
+            yield place, raw, row
+    if not number:
         raise DataError(f"{path}: no rows")
-    return rows
 
 
 def data_files(path: Paths, *, builtin_file: str) -> list[Path]:

@@ -196,6 +196,12 @@ def folder_seal(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     return digest_json([{**values, "backbone": backbone}, _tensors_digest(tensors)])
 
 
+def read_seal(folder: Path) -> str | None:
+    """Return the digest in a model folder of its configuration and tensors."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return (file.metadata() or {}).get(SEAL)
+
+
 def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -245,9 +251,7 @@ def load_folder(
     tensors = load_weights(folder / WEIGHTS, shapes)
     if not bool((tensors["gate.mixed"] == gate.mixed).all()):
         raise ArtifactError(f"{folder / WEIGHTS}: gate.mixed is not what {CONFIG} declares")
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        sealed = (file.metadata() or {}).get(SEAL)
-    if sealed != folder_seal(values, tensors):
+    if read_seal(folder) != folder_seal(values, tensors):
         raise ArtifactError(
             f"{folder}: {CONFIG} or {WEIGHTS} was changed after it was written, or {WEIGHTS} is "
             f"another model's: their digest is not the one in {WEIGHTS}"
