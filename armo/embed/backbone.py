@@ -311,7 +311,9 @@ def _load_without_code(kind: Any, folder: Path, **options: Any) -> Any:
     """Load with an auto class, which neither runs code from the folder nor asks whether it may."""
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
-    except ValueError as error:
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise BackboneError(
             f"{folder}: {kind.__name__} cannot load it, and code of its own is never run: {reason}"

@@ -83,7 +83,7 @@ def import_published(
     config = read_config(folder)
     files = tensor_files(folder)
     parts = read_parts(folder, config=config, files=files)
-    zeros = (0.0,) * len(parts.regression)
+    zeros = (0.0,) * len(objectives.names)
     declared = read_declared(config, folder) or Declared(objectives, zeros, zeros, (), beta)
     names = declared.objectives.names
     if len(names) != len(parts.regression):

@@ -5,10 +5,11 @@ Four things do: `regression_layer` (a row per objective, or in QRM one per objec
 `sum_k s g_k (T^T W h)_k`, with gating weights `g` that sum to one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -85,6 +86,23 @@ class Declared:
     links: tuple[Link, ...]
     beta: float
 
+    def __post_init__(self) -> None:
+        count = len(self.objectives.names)
+        for name, values in (
+            ("reward_intercepts", self.intercepts),
+            ("adjusted_offsets", self.offset),
+        ):
+            if len(values) != count or not all(_is_finite(value) for value in values):
+                raise ValueError(f"`{name}` must be {count} finite numbers, got {list(values)}.")
+        known = get_args(Link)
+        if self.links and (len(self.links) != count or any(x not in known for x in self.links)):
+            raise ValueError(
+                f"`links` must be one of {', '.join(known)} for each of {count} objectives, got "
+                f"{list(self.links)}."
+            )
+        if not _is_finite(self.beta) or self.beta < 0.0:
+            raise ValueError(f"`beta` must be finite and not negative, got {self.beta!r}.")
+
     def to_dict(self) -> dict[str, Any]:
         """Return the section's content."""
         return {
@@ -97,7 +115,11 @@ class Declared:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Declared":
-        """Read what `to_dict` returned."""
+        """Read what `to_dict` returned.
+
+        Raises:
+            ValueError: If it does not fit the objectives, or holds what is no number.
+        """
         return cls(
             ObjectiveSet.from_dicts(values["objectives"]),
             tuple(values["reward_intercepts"]),
@@ -105,6 +127,10 @@ class Declared:
             tuple(values["links"]),
             values["beta"],
         )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -307,7 +333,12 @@ def needed(config: Mapping[str, Any], name: str, folder: Path) -> Any:
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Find the file of each tensor."""
     if (folder / INDEX).is_file():
-        files = {folder / name for name in read_json(folder / INDEX)["weight_map"].values()}
+        try:
+            files = {folder / name for name in read_json(folder / INDEX)["weight_map"].values()}
+        except (AttributeError, KeyError, TypeError):
+            raise ArtifactError(
+                f"{folder / INDEX}: `weight_map` must name the file of each tensor"
+            ) from None
     else:
         files = {*folder.glob("*.safetensors")}
     if not files:
@@ -322,11 +353,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         )
     found: dict[str, Path] = {}
     for file in sorted(files):
+        if not file.is_file():
+            raise ArtifactError(f"No such file: {file}")
         try:
             with safe_open(file, framework="pt") as tensors:
                 found |= dict.fromkeys(tensors.keys(), file)
-        except FileNotFoundError:
-            raise ArtifactError(f"No such file: {file}") from None
         except SafetensorError as error:
             raise ArtifactError(f"{file}: damaged safetensors file: {error}") from None
     return found

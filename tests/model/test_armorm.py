@@ -4,6 +4,7 @@ The reference is written from the published description, row by row: it knows no
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from armo.artifacts import ArtifactError
 from armo.data.objectives import ObjectiveSet
 from armo.embed.spec import BackboneError
 from armo.model.armorm import import_published
+from armo.model.published import Declared
 from armo.model.reward_model import ArmoRewardModel
 
 ROOT = Path(__file__).parents[2]
@@ -378,11 +380,53 @@ def test_control_text_in_a_response_moves_the_published_position_and_not_ours(ar
             r"gating.layers.2 has .* needs weight \[24, 24\]",
         ),
         (lambda t: t["gating.layers.0.bias"].fill_(torch.nan), "gating.layers.0.bias has values"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(3, DIM)}),
+            "AutoModel cannot load it",
+        ),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named_in_one_line(damaged, change, message):
     change_tensors(damaged, change)
-    with pytest.raises(ArtifactError, match=message) as caught:
+    with pytest.raises((ArtifactError, BackboneError), match=message) as caught:
+        load(damaged)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "`weight_map` must name the file of each tensor"),
+        ({"weight_map": {"a": 5}}, "`weight_map` must name the file of each tensor"),
+        ({"weight_map": {"a": "."}}, "No such file: "),
+    ],
+)
+def test_an_index_that_names_no_files_is_refused(damaged, index, message):
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match=message):
+        load(damaged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward_intercepts": []}, "`reward_intercepts` must be 19 finite numbers"),
+        ({"adjusted_offsets": [math.nan] * 19}, "`adjusted_offsets` must be 19 finite numbers"),
+        ({"adjusted_offsets": ["0"] * 19}, "`adjusted_offsets` must be 19 finite numbers"),
+        ({"links": ["odd"] * 19}, "`links` must be one of identity, logistic"),
+        ({"links": ["identity"]}, "`links` must be one of .* for each of 19"),
+        ({"beta": None}, "`beta` must be finite"),
+        ({"beta": -1.0}, "`beta` must be finite and not negative"),
+    ],
+)
+@pytest.mark.usefixtures("no_type_checks")
+def test_what_an_export_of_ours_declares_must_fit(damaged, change, message):
+    zeros = (0.0,) * OBJECTIVES
+    declared = Declared(nineteen(), zeros, zeros, (), 1.0).to_dict()
+    change_config(damaged, armo=declared)
+    load(damaged)
+    change_config(damaged, armo=declared | change)
+    with pytest.raises(ArtifactError, match=rf"config\.json: `armo`: {message}") as caught:
         load(damaged)
     assert "\n" not in str(caught.value)
 

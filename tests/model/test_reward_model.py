@@ -275,10 +275,10 @@ def test_swapping_the_responses_of_a_comparison_negates_it(model):
 
 
 def test_a_reason_of_zero_has_no_sign(model):
-    pair = "Yes.", "No, it warns of risks!"
-    for a, b in (pair, pair[::-1]):
-        reasons = model.compare("Is it safe?", a, b).reasons
-        assert [f"{reasons[name]:+}" for name in ("verbosity", "formatting")] == ["+0.0"] * 2
+    out = model.score_responses("Is it safe?", ["Yes.", "No, it warns of risks!"])
+    out.contributions[0, 3:], out.contributions[1, 3:] = -0.0, 0.0
+    reasons = model.compare_rows(out, 0, 1).reasons
+    assert [f"{reasons[name]:+}" for name in ("verbosity", "formatting")] == ["+0.0"] * 2
 
 
 def standardised(backbone, *, leaking=(), links=()):
