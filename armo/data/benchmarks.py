@@ -285,10 +285,14 @@ def load_judge_bench(
         DataError: As of `load_reward_bench`.
     """
     if unknown := set(splits) - set(JUDGE_BENCH_MODELS):
-        raise ValueError(f"`splits` knows {', '.join(JUDGE_BENCH_MODELS)}, not {unknown}")
+        several = ", ".join(sorted(unknown))
+        raise ValueError(f"`splits` knows {', '.join(JUDGE_BENCH_MODELS)}, not {several}")
     parts: dict[str, list[PublishedRow]] = {name: [] for name in splits}
     for row in open_rows(path, splits=splits, revision=revision, streaming=False):
-        model = str(row.fields.get("response_model"))
+        try:
+            model = _text(row.fields, "response_model")
+        except ValueError as error:
+            raise DataError(f"{row.place}: {error}") from None
         name = next((name for name in JUDGE_BENCH_MODELS if model.startswith(name)), None)
         if name is None:
             raise DataError(f"{row.place}: field `response_model` is {model!r}, of neither split")

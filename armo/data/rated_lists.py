@@ -60,6 +60,8 @@ def load_rated_lists(path: Paths, *, gold: Objective, min_responses: int = 4) ->
     """
     if min_responses < 2:
         raise ValueError(f"`min_responses` must be 2 or more, got {min_responses}.")
+    if not isinstance(gold, Objective):
+        raise ValueError(f"`gold` must be {{name: ..., low: ..., high: ...}}, got {gold!r}")
     objectives = ObjectiveSet((replace(gold, bias=False),))
     lists: dict[Prompt, tuple[RatedResponse, dict[str, list[float]]]] = {}
     trained: set[str] = set()

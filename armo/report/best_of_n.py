@@ -227,7 +227,8 @@ def best_of_n_table(
         ("model", "n", "score", "gold", "low", "high", "length", "format", "KL"),
         tuple(lines),
         f"Expected values over all choices of N from the responses to each of "
-        f"{len(winners.prompts)} prompts, exact; gold with 95 % bootstrap intervals over prompts. "
+        f"{len(winners.prompts)} prompts, exact; gold, from the worst rating at 0 to the "
+        "best at 1, with 95 % bootstrap intervals over prompts. "
         "Score: deviations from the prompt's mean, in their standard deviation. Length in words, "
         "format in marks. KL: at most so many nats from the policy that the responses are drawn "
         "from." + (f" Left out: {', '.join(left_out)}." if left_out else ""),

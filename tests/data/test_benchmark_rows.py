@@ -342,6 +342,7 @@ def test_a_missing_field_is_named_with_file_and_row(name, tmp_path):
         ("judge_bench", {"label": "A=B"}, "'A=B'; it must be 'A>B' or 'B>A'"),
         ("judge_bench", {"source": "gsm8k"}, "'gsm8k', which is none of JudgeBench"),
         ("judge_bench", {"response_model": "llama"}, "'llama', of neither split"),
+        ("judge_bench", {"response_model": None}, "field `response_model` must be text"),
     ],
 )
 def test_a_wrong_field_is_named(name, change, message, tmp_path):
@@ -394,7 +395,7 @@ def test_folders_and_files_without_rows_are_refused(tmp_path):
     (tmp_path / "rows.txt").write_text("a")
     with pytest.raises(DataError, match="needs one of the endings"):
         load_reward_bench(str(tmp_path / "rows.txt"))
-    with pytest.raises(ValueError, match="`splits` knows gpt, claude"):
+    with pytest.raises(ValueError, match="`splits` knows gpt, claude, not llama"):
         load_judge_bench(str(tmp_path), splits=["llama"])
     with pytest.raises(DataError, match="no rows of claude"):
         load_judge_bench(write(tmp_path / "a.jsonl", [JUDGED]), splits=["claude"])

@@ -112,6 +112,11 @@ def test_a_bad_row_is_named_with_its_line(write, row, message):
         load_rated_lists(write([rated(0, "p", "0"), row]), gold=HELP, min_responses=2)
 
 
+def test_a_gold_that_is_a_name_alone_is_refused(no_type_checks):
+    with pytest.raises(ValueError, match=r"`gold` must be {name: .*}, got 'quality'"):
+        load_rated_lists("ratings.jsonl", gold="quality")
+
+
 def test_a_list_of_one_is_refused(write):
     with pytest.raises(ValueError, match="`min_responses` must be 2 or more, got 1"):
         load_rated_lists(write([rated(0, "p", "0")]), gold=HELP, min_responses=1)
