@@ -39,6 +39,7 @@ usage: armo VERB [OVERRIDES ...]
   verify   check that a model scores its golden conversations as it did when made
   import   make a model folder of a published ArmoRM or QRM checkpoint
   export   write a model in a format that other programs read
+  serve    score over HTTP, for other programs
 
 `armo VERB --help` lists a verb's settings. A setting is changed by `name=value`, as in
 `armo train experiment=demo fit.gating.hidden_dim=32`; Hydra reads the command line.
@@ -556,6 +557,31 @@ def export(cfg: DictConfig) -> None:
     console.print(f"{cost.reordered:.1%} of the pairs are ranked otherwise")
 
 
+@hydra.main(**CONFIG, config_name="serve")
+@_in_one_line
+def serve(cfg: DictConfig) -> None:
+    """Serve a model over HTTP until told to stop."""
+    missing = [name for name in SERVE_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"`armo serve` needs {', '.join(missing)}; `pip install 'armo[serve]'`"
+        )
+    from armo.model.reward_model import ArmoRewardModel
+    from armo.serve.server import serve as serve_model
+    from armo.serve.service import ServerSettings
+
+    settings: Any = OmegaConf.to_container(cfg.server, resolve=True)
+    key_file = settings.pop("api_key_file")
+    key = Path(key_file).read_text().strip() if key_file else os.environ.get(API_KEY)
+    settings = ServerSettings(host=cfg.host, port=cfg.port, api_key=key, **settings)
+    model = ArmoRewardModel.from_pretrained(
+        cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
+    )
+    name = cfg.name or Path(str(cfg.model)).expanduser().resolve().name
+    _console().print(f"serving {name} on http://{cfg.host}:{cfg.port}; its page is /docs")
+    serve_model(model, name=name, settings=settings)
+
+
 VERBS = {
     "train": train,
     "score": score,
@@ -564,7 +590,11 @@ VERBS = {
     "verify": verify,
     "import": import_,
     "export": export,
+    "serve": serve,
 }
+
+SERVE_PACKAGES = ("fastapi", "prometheus_client", "uvicorn")
+API_KEY = "ARMO_API_KEY"
 
 # What Lightning's loggers import, any one of them.
 LOGGER_PACKAGES = {
