@@ -16,7 +16,7 @@ from armo.serve.engine import Answer, RowScore
 from armo.serve.rows import Row, RowError, RowReader
 from armo.serve.service import Service, row_refusal
 
-# Of the log column that says which responses got the floor.
+# Name of the log that says which responses cannot have a score.
 UNSCORABLE = "unscorable"
 
 
@@ -25,12 +25,14 @@ class Scored:
     """What protocols without a place for errors give of a row.
 
     Attributes:
-        rewards: By objective, on [0, 1], 1 the good end.
-        score: The score, or the floor.
+        rewards: By objective, on [0, 1], 1 the good end, which they may leave.
+        adjusted: The adjusted ones, within the limit, as is the score.
+        score: The score.
         scorable: Whether it has a score.
     """
 
     rewards: list[float]
+    adjusted: list[float]
     score: float
     scorable: bool
 
@@ -44,6 +46,7 @@ def protocol_routes(service: Service) -> APIRouter:
     """Make the routes of other programs' protocols."""
     router = APIRouter()
     names = service.model.objectives.names
+    bias = [objective.bias for objective in service.model.objectives.objectives]
 
     async def rate(
         request: Request, body: Any, texts: Sequence[str], prompts: Sequence[str] | None = None
@@ -55,7 +58,7 @@ def protocol_routes(service: Service) -> APIRouter:
             return [reader.rendered(t, prompt=p) for t, p in zip(texts, heads, strict=True)]
 
         answers = await service.rate(request, read, rows=len(texts))
-        return _scored(answers, objectives=len(names), floor=service.settings.floor)
+        return _scored(answers, bias=bias, limit=service.settings.limit)
 
     async def rate_pooled(request: Request, body: schemas.PooledRequest) -> list[Scored]:
         if (body.input is None) == (body.messages is None):
@@ -72,7 +75,7 @@ def protocol_routes(service: Service) -> APIRouter:
             return reader.conversations([schemas.read_conversation(turns)])
 
         answers = await service.rate(request, read, rows=1)
-        return _scored(answers, objectives=len(names), floor=service.settings.floor)
+        return _scored(answers, bias=bias, limit=service.settings.limit)
 
     @router.post("/get_reward", summary="OpenRLHF's remote reward model")
     async def get_reward(
@@ -83,7 +86,7 @@ def protocol_routes(service: Service) -> APIRouter:
                 422, f"{len(body.query)} `query` and {len(body.prompts)} `prompts`: one for each"
             )
         rows = await rate(request, body, body.query, body.prompts)
-        logs = {name: [row.rewards[k] for row in rows] for k, name in enumerate(names)}
+        logs = {name: [row.adjusted[k] for row in rows] for k, name in enumerate(names)}
         logs[UNSCORABLE] = [float(not row.scorable) for row in rows]
         return schemas.GetRewardReply(
             rewards=[row.score for row in rows],
@@ -142,8 +145,10 @@ def protocol_routes(service: Service) -> APIRouter:
     return router
 
 
-def _scored(answers: Sequence[Answer], *, objectives: int, floor: float | None) -> list[Scored]:
-    """Give numbers alone: the floor for responses that cannot have a score.
+def _scored(
+    answers: Sequence[Answer], *, bias: Sequence[bool], limit: float | None
+) -> list[Scored]:
+    """Give numbers alone, the lowest for responses that cannot have a score.
 
     Raises:
         HTTPException: Naming the row that is wrong otherwise.
@@ -151,10 +156,15 @@ def _scored(answers: Sequence[Answer], *, objectives: int, floor: float | None) 
     rows = []
     for k, answer in enumerate(answers):
         if isinstance(answer, RowScore):
-            score = float(answer.out.score[answer.row])
-            rows.append(Scored(answer.out.rewards[answer.row].tolist(), score, True))
-        elif floor is not None and isinstance(answer, RowError) and answer.of_response:
-            rows.append(Scored([0.0] * objectives, floor, False))
+            out, row = answer.out, answer.row
+            score, adjusted = out.score[row], out.adjusted[row]
+            if limit is not None:
+                score, adjusted = score.clamp(-limit, limit), adjusted.clamp(-limit, limit)
+            rows.append(Scored(out.rewards[row].tolist(), adjusted.tolist(), float(score), True))
+        elif limit is not None and isinstance(answer, RowError) and answer.of_response:
+            # Bias objectives have no bad end: theirs is the mean.
+            lowest = [0.0 if neutral else -limit for neutral in bias]
+            rows.append(Scored([0.0] * len(bias), lowest, -limit, False))
         else:
             raise row_refusal(answer, row=str(k))
     return rows

@@ -4,12 +4,16 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from armo.data.conversation import Conversation, Message, Prompt
 from armo.embed.backbone import Backbone
 from armo.embed.boundary import GroupTokens, PromptGroup, ResponseTokens
 from armo.embed.plan import TextPlanner
 from armo.embed.spec import BackboneError
 from armo.model.token_rows import TokenReader, TokenRowError
+from armo.serve.completions import ControlText, parse_completion
+from armo.serve.openrlhf import RenderedPrompts
 
 
 class RowError(ValueError):
@@ -49,8 +53,18 @@ class RowReader:
     Not for several threads at once.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
-        """Read rows for this backbone."""
+    def __init__(
+        self, backbone: Backbone, *, policy: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        """Read rows for this backbone.
+
+        Args:
+            backbone: The one that runs them.
+            policy: Tokenizer with whose chat template prompts of rendered texts were made, where
+                that is not the backbone's.
+        """
+        self._policy = RenderedPrompts(policy) if policy is not None else None
+        self._control = ControlText(backbone.tokenizer)
         self._planner = TextPlanner(backbone.spec, copy.deepcopy(backbone.tokenizer))
         self._causal = backbone.runner.causal
         self._tokens = TokenReader(self._planner)
@@ -67,16 +81,23 @@ class RowReader:
     def rendered(self, text: str, *, prompt: str | None = None) -> Row | RowError:
         """Read a conversation that is one text, as a chat template rendered it.
 
+        Where the prompt is given, control text in what follows it is read as words: whatever a
+        policy writes stays in its response.
+
         Args:
             text: Of prompt and response, with the control text of the template.
             prompt: What it begins with, up to the response; if None, the response is what follows
-                the last place where the template opens one. A prompt in which the backbone's
-                template opens no response is the plain text of a user turn.
+                the last place where the template opens one. A prompt without control text is the
+                plain text of a user turn.
         """
         try:
+            if prompt is not None and self._policy is not None:
+                return self._of_policy(text, prompt, self._policy)
             if prompt is not None and not self._opens(prompt):
                 return self._plain(text, prompt)
             head, body = self._tokens.take_apart(text, prompt=prompt)
+            if prompt is not None:
+                body = self._control.disarm(body)
             if not body.strip():
                 raise RowError("the response is empty", of_response=True)
             tokens, response = self._tokens.read(head, body)
@@ -98,10 +119,21 @@ class RowReader:
             if control := [t.content for t in added if t.special and t.content in prompt]:
                 raise RowError(
                     f"its prompt has the control text {control[0]!r}, but the chat template of the "
-                    f"reward model's backbone opens no response in it"
+                    f"reward model's backbone opens no response in it; was it rendered by another "
+                    f"one? Give the server that `policy`"
                 )
         turns = (Message("user", prompt),)
-        return self.conversations([parse_row(turns, text[len(prompt) :])])[0]
+        response = self._control.disarm(text[len(prompt) :])
+        return self.conversations([parse_row(turns, response)])[0]
+
+    def _of_policy(self, text: str, prompt: str, policy: RenderedPrompts) -> Row | RowError:
+        try:
+            turns, response = policy.turns(prompt), policy.response(text, prompt)
+            row = parse_completion(turns, self._control.disarm(response))
+        except ValueError as error:
+            return RowError(str(error))
+        empty = RowError("the response is empty", of_response=True)
+        return self.conversations([row or empty])[0]
 
     def _alone(self, row: Conversation) -> Row | RowError:
         try:

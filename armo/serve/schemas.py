@@ -107,7 +107,7 @@ class GetRewardRequest(BaseModel):
 
 
 class GetRewardReply(BaseModel):
-    """The score; the probability of being preferred to a mean response; rewards by objective."""
+    """Score, probability of being preferred to a mean response, adjusted rewards by objective."""
 
     rewards: list[float]
     scores: list[float]

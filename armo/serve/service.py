@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -12,10 +13,12 @@ from fastapi import HTTPException, Request
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import BaseModel
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from armo.model.pretrained import SEAL, WEIGHTS
 from armo.model.reward_model import ArmoRewardModel
 from armo.serve.engine import Answer, PassError, RequestTooLongError, RowScore, ScoringEngine
+from armo.serve.rewards import LIMIT
 from armo.serve.rows import Row, RowError, RowReader
 from armo.serve.schemas import InfoReply, ObjectiveInfo
 
@@ -39,9 +42,11 @@ class ServerSettings:
         max_body_bytes: Bytes of a request.
         max_requests: Requests at once, waiting ones included.
         timeout_s: Until a request is answered.
-        floor: Score that protocols without a place for errors give to a response that cannot have
-            one, such as an empty one: lower than an honest answer's, so that nothing is gained by
-            it. If None, the whole request is refused.
+        limit: How far a score may be from the mean in protocols of other programs, as of `Rewards`:
+            those beyond are clipped, and `-limit` is that of a response that cannot have one, such
+            as an empty one. If None, none is clipped, and such requests are refused.
+        policy: Tokenizer, folder or hub id, whose chat template renders the prompts that
+            `/get_reward` gets, where that is not the backbone's.
         log_texts: Whether bodies are logged.
     """
 
@@ -53,13 +58,16 @@ class ServerSettings:
     max_body_bytes: int = 8 * 2**20
     max_requests: int = 512
     timeout_s: float = 120.0
-    floor: float | None = -5.0
+    limit: float | None = LIMIT
+    policy: str | None = None
     log_texts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_body_bytes", "max_requests", "timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
+        if self.limit is not None and not 0.0 < self.limit < math.inf:
+            raise ValueError(f"`limit` must be a finite number above zero, got {self.limit}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise ValueError("the API key must be text of ASCII characters, and not empty")
 
@@ -83,7 +91,10 @@ class Service:
         self.settings = settings
         self.beta = float(model.beta)
         self.engine = ScoringEngine(model, queue_tokens=settings.queue_tokens or default)
-        self.reader = RowReader(model.backbone)
+        policy = None
+        if settings.policy is not None:
+            policy = AutoTokenizer.from_pretrained(settings.policy, trust_remote_code=False)
+        self.reader = RowReader(model.backbone, policy=policy)
         self._tokenising = ThreadPoolExecutor(max_workers=1, thread_name_prefix="armo-read")
 
     async def rate(

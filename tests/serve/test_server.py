@@ -139,7 +139,7 @@ def test_get_reward_answers_openrlhf(client, reference, rendered, prompts):
     assert reply["rewards"] == pytest.approx(out.score.tolist(), **CLOSE)
     likely = torch.sigmoid(reference.beta * out.score).tolist()
     assert reply["scores"] == pytest.approx(likely, **CLOSE)
-    assert reply["extra_logs"]["harm"] == pytest.approx(out.rewards[:, 2].tolist(), **CLOSE)
+    assert reply["extra_logs"]["harm"] == pytest.approx(out.adjusted[:, 2].tolist(), **CLOSE)
     alone = client.post("/get_reward", json={"query": rendered}).json()
     assert alone["rewards"] == pytest.approx(reply["rewards"], **CLOSE)
 
@@ -165,17 +165,20 @@ def test_a_response_cannot_begin_itself_anew(client, prompts, reference):
     reply = client.post("/get_reward", json=body).json()
     good = float(reference.score(ROWS[:1]).score[0])
     assert abs(reply["rewards"][0] - good) > 1e-2
-    forged_row = conversation(ROWS[0][0]["content"], forged)
-    wanted = float(reference.score([forged_row]).score[0])
+    words = forged.replace("<|", "< |")
+    wanted = float(reference.score([conversation(ROWS[0][0]["content"], words)]).score[0])
     assert reply["rewards"][0] == pytest.approx(wanted, **CLOSE)
 
 
-def test_what_a_policy_may_write_gets_the_floor_and_other_faults_are_refused(client, prompts):
+def test_what_a_policy_may_write_gets_the_lowest_score_and_other_faults_are_refused(
+    client, prompts
+):
     query = [prompts[0], prompts[1] + "Fine.", prompts[2] + " \n"]
     reply = client.post("/get_reward", json={"query": query, "prompts": prompts}).json()
     assert [reply["rewards"][0], reply["rewards"][2]] == [-5.0, -5.0]
     assert reply["extra_logs"]["unscorable"] == [1.0, 0.0, 1.0]
-    assert reply["extra_logs"]["harm"][0] == 0.0
+    assert reply["extra_logs"]["harm"][0] == -5.0
+    assert reply["extra_logs"]["verbosity"][0] == 0.0
     for wrong in (
         {"query": query, "prompts": prompts[::-1]},
         {"query": query, "prompts": prompts[:1]},
@@ -188,8 +191,8 @@ def test_what_a_policy_may_write_gets_the_floor_and_other_faults_are_refused(cli
         assert "\n" not in refused.json()["detail"]
 
 
-def test_without_a_floor_an_empty_response_is_refused(causal, prompts):
-    with serving(make_model(causal), floor=None) as strict:
+def test_without_a_limit_an_empty_response_is_refused(causal, prompts):
+    with serving(make_model(causal), limit=None) as strict:
         refused = strict.post("/get_reward", json={"query": prompts[:1], "prompts": prompts[:1]})
     assert refused.status_code == 422
     assert refused.json()["detail"] == "row 0: the response is empty"
@@ -232,6 +235,27 @@ def test_what_a_protocol_asks_for_in_vain_is_refused(client, rendered, path, mor
     refused = client.post(path, json={"input": rendered, **more})
     assert refused.status_code == 422
     assert word in refused.json()["detail"]
+
+
+def test_scores_beyond_the_limit_are_clipped_for_other_programs_alone(causal, rendered):
+    wanted = make_model(causal).score(ROWS).score.tolist()
+    assert min(map(abs, wanted)) > 0.3
+    with serving(make_model(causal), limit=0.3) as tame:
+        reply = tame.post("/get_reward", json={"query": rendered}).json()
+        own = tame.post("/score", json={"conversations": ROWS}).json()
+    assert reply["rewards"] == [math.copysign(0.3, score) for score in wanted]
+    assert max(abs(value) for value in reply["extra_logs"]["harm"]) <= 0.3
+    assert [row["score"] for row in own["rows"]] == pytest.approx(wanted, **CLOSE)
+
+
+def test_prompts_of_another_template_are_read_by_the_tokenizer_of_the_policy(
+    encoder, causal, causal_folder, rendered, prompts
+):
+    body = {"query": rendered, "prompts": prompts}
+    with serving(make_model(encoder), policy=str(causal_folder)) as own:
+        reply = own.post("/get_reward", json=body).json()
+    wanted = make_model(encoder).score(ROWS).score.clamp(-5, 5).tolist()
+    assert reply["rewards"] == pytest.approx(wanted, **CLOSE)
 
 
 def test_score_evaluation_answers_llama_factory(client, reference, rendered):
