@@ -567,6 +567,7 @@ def serve(cfg: DictConfig) -> None:
             f"`armo serve` needs {', '.join(missing)}; `pip install 'armo[serve]'`"
         )
     from armo.model.reward_model import ArmoRewardModel
+    from armo.serve.client import PoolingClient, load_split
     from armo.serve.server import serve as serve_model
     from armo.serve.service import ServerSettings
 
@@ -574,9 +575,18 @@ def serve(cfg: DictConfig) -> None:
     key_file = settings.pop("api_key_file")
     key = Path(key_file).read_text().strip() if key_file else os.environ.get(API_KEY)
     settings = ServerSettings(host=cfg.host, port=cfg.port, api_key=key, **settings)
-    model = ArmoRewardModel.from_pretrained(
-        cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
-    )
+    if (url := cfg.backbone.url) is not None:
+        client = PoolingClient(
+            url,
+            model=cfg.backbone.model,
+            api_key=os.environ.get(BACKBONE_KEY),
+            timeout_s=settings.timeout_s,
+        )
+        model = load_split(cfg.model, client, tokenizer=cfg.backbone.tokenizer)
+    else:
+        model = ArmoRewardModel.from_pretrained(
+            cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
+        )
     name = cfg.name or Path(str(cfg.model)).expanduser().resolve().name
     _console().print(f"serving {name} on http://{cfg.host}:{cfg.port}; its page is /docs")
     serve_model(model, name=name, settings=settings)
@@ -595,6 +605,7 @@ VERBS = {
 
 SERVE_PACKAGES = ("fastapi", "prometheus_client", "uvicorn")
 API_KEY = "ARMO_API_KEY"
+BACKBONE_KEY = "ARMO_BACKBONE_KEY"
 
 # What Lightning's loggers import, any one of them.
 LOGGER_PACKAGES = {

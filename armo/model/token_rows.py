@@ -187,6 +187,12 @@ class TokenReader:
         if prompt is not None and text[:end] != self._begun_once(prompt):
             raise TokenRowError("it does not begin with its prompt")
         start = self._opened(text[:end], marks)
+        if (
+            prompt is not None
+            and marks.closing.strip()
+            and marks.closing.strip() in text[start:end]
+        ):
+            raise TokenRowError("its prompt does not end where a response begins")
         whole = max(k for k in range(len(marks.closing) + 1) if text.endswith(marks.closing[:k]))
         return text[:start], text[start : max(start, len(text) - whole)]
 

@@ -111,12 +111,14 @@ class Guard:
                     "the API key is missing or wrong; send `Authorization: Bearer KEY`",
                     ("www-authenticate", "Bearer"),
                 )
+        if scope["method"] != "POST":
+            return None
         if self._running > self._max_requests:
             return Refusal(503, "too many requests at once", ("retry-after", "1"))
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             return Refusal(413, f"the body is larger than {self._max_body_bytes} bytes")
-        return self._check_room() if scope["method"] == "POST" else None
+        return self._check_room()
 
     def collect(self) -> Iterator[Metric]:
         """Yield the counts, for Prometheus."""

@@ -171,8 +171,10 @@ def test_a_response_cannot_begin_itself_anew(client, prompts, reference):
 
 
 def test_what_a_policy_may_write_gets_the_lowest_score_and_other_faults_are_refused(
-    client, prompts
+    client, prompts, causal
 ):
+    turns = [*ROWS[0], {"role": "user", "content": "And then?"}]
+    open_ended = causal.tokenizer.apply_chat_template(turns, tokenize=False)
     query = [prompts[0], prompts[1] + "Fine.", prompts[2] + " \n"]
     reply = client.post("/get_reward", json={"query": query, "prompts": prompts}).json()
     assert [reply["rewards"][0], reply["rewards"][2]] == [-5.0, -5.0]
@@ -183,6 +185,7 @@ def test_what_a_policy_may_write_gets_the_lowest_score_and_other_faults_are_refu
         {"query": query, "prompts": prompts[::-1]},
         {"query": query, "prompts": prompts[:1]},
         {"query": ["no control text at all"]},
+        {"query": [open_ended + "More."], "prompts": [open_ended]},
         {"query": ["<|start|>x"], "prompts": ["<|start|>"]},
         {"query": []},
     ):
@@ -516,3 +519,17 @@ def test_armo_serve_stops_gracefully_and_finishes_what_it_took(causal_folder, tm
     assert "serving model on" in printed
     assert "Traceback" not in printed
     assert process.returncode in (0, -signal.SIGTERM)
+
+
+def test_without_its_packages_armo_serve_says_what_to_install(tmp_path):
+    code = (
+        "import sys, armo.cli as cli; cli.SERVE_PACKAGES = ('no_such_package',); "
+        "sys.argv = ['armo', 'serve', 'model=nowhere']; cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "armo: error: `armo serve` needs no_such_package; `pip install 'armo[serve]'`"
+    ]
