@@ -47,6 +47,7 @@ usage: armo VERB [OVERRIDES ...]
   verify   check that a model scores its golden conversations as it did when made
   import   make a model folder of a published ArmoRM or QRM checkpoint
   export   write a model in a format that other programs read
+  serve    score over HTTP, for other programs
   data     annotate: what a model says of each row of a data set; pairs: preferences out of ratings
 
 `armo VERB --help` lists a verb's settings. A setting is changed by `name=value`, as in
@@ -555,6 +556,41 @@ def export(cfg: DictConfig) -> None:
     console.print(f"{cost.reordered:.1%} of the pairs are ranked otherwise")
 
 
+@hydra.main(**CONFIG, config_name="serve")
+@in_one_line
+def serve(cfg: DictConfig) -> None:
+    """Serve a model over HTTP until told to stop."""
+    missing = [name for name in SERVE_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"`armo serve` needs {', '.join(missing)}; `pip install 'armo[serve]'`"
+        )
+    from armo.model.reward_model import ArmoRewardModel
+    from armo.serve.client import PoolingClient, load_split
+    from armo.serve.server import serve as serve_model
+    from armo.serve.service import ServerSettings
+
+    settings: Any = OmegaConf.to_container(cfg.server, resolve=True)
+    key_file = settings.pop("api_key_file")
+    key = Path(key_file).read_text().strip() if key_file else os.environ.get(API_KEY)
+    settings = ServerSettings(host=cfg.host, port=cfg.port, api_key=key, **settings)
+    if (url := cfg.backbone.url) is not None:
+        client = PoolingClient(
+            url,
+            model=cfg.backbone.model,
+            api_key=os.environ.get(BACKBONE_KEY),
+            timeout_s=settings.timeout_s,
+        )
+        model = load_split(cfg.model, client, tokenizer=cfg.backbone.tokenizer)
+    else:
+        model = ArmoRewardModel.from_pretrained(
+            cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
+        )
+    name = cfg.name or Path(str(cfg.model)).expanduser().resolve().name
+    make_console().print(f"serving {name} on http://{cfg.host}:{cfg.port}; its page is /docs")
+    serve_model(model, name=name, settings=settings)
+
+
 VERBS: dict[str, Callable[[], Any] | dict[str, Callable[[], Any]]] = {
     "train": train,
     "score": score,
@@ -563,8 +599,13 @@ VERBS: dict[str, Callable[[], Any] | dict[str, Callable[[], Any]]] = {
     "verify": verify,
     "import": import_,
     "export": export,
+    "serve": serve,
     "data": rows_cli.VERBS,
 }
+
+SERVE_PACKAGES = ("fastapi", "prometheus_client", "uvicorn")
+API_KEY = "ARMO_API_KEY"
+BACKBONE_KEY = "ARMO_BACKBONE_KEY"
 
 # What Lightning's loggers import, any one of them.
 LOGGER_PACKAGES = {

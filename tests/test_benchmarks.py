@@ -35,6 +35,13 @@ EVALUATE = {
     "abstention_ten_models_s",
     "evaluate_overhead_share",
 }
+SERVER = {
+    "server_vs_offline_throughput",
+    "overload_lost",
+    "overload_p99_ratio",
+    "soak_memory_growth_mb",
+    "malformed_5xx",
+}
 GATE = {"gate_time_to_accuracy_vs_reference"}
 EMBED_GPU = {"llama8b_tokens_per_s", "llama8b_gemm_share", "llama8b_vs_one_at_a_time"}
 
@@ -117,6 +124,15 @@ def test_score_gives_every_figure(tmp_path):
     assert {name: figures[name]["goal"] for name in goals} == goals
     assert all(name in printed for name in figures)
     check(figures)
+
+
+def test_server_gives_every_figure_loses_nothing_and_never_fails(tmp_path):
+    printed, figures = run("server", tmp_path)
+    assert set(figures) == SERVER
+    assert all(name in printed for name in SERVER)
+    assert figures["overload_lost"]["value"] == figures["malformed_5xx"]["value"] == 0
+    assert figures["overload_lost"]["baseline"] > 10
+    assert figures["server_vs_offline_throughput"]["value"] > 0.2
 
 
 def test_evaluate_gives_every_figure_and_stops_where_the_loop_finds_other_intervals(tmp_path):

@@ -126,20 +126,39 @@ class TextPlanner:
         Raises:
             BackboneError: Naming the group and the response that cannot be embedded.
         """
+        return self.plan_tokens(self.tokenise(groups), causal=causal, share=share)
+
+    def tokenise(self, groups: Sequence[PromptGroup]) -> list[GroupTokens]:
+        """Tokenise prompts and the responses to them, not yet cut to what fits.
+
+        For an encoder, a response has tokens of its own, which `ResponseTokens.ids` holds alone.
+
+        Raises:
+            BackboneError: Naming the group and the response that the chat template refuses.
+        """
         if self.conversations is None:
             ids = self._plain_ids(
                 [_plain_text(group.prompt) for group in groups]
                 + [response for group in groups for response in group.responses]
             )
             responses = iter(ids[len(groups) :])
-            return self.plan_texts(
-                ids[: len(groups)], [[next(responses) for _ in group.responses] for group in groups]
-            )
+            return [
+                GroupTokens(prompt, [ResponseTokens(next(responses), 0, 0) for _ in own.responses])
+                for prompt, own in zip(ids, groups, strict=False)
+            ]
         try:
-            tokens = self.conversations.tokenise(groups)
+            return self.conversations.tokenise(groups)
         except BoundaryError as error:
             raise _refusal(str(error), error.group, error.response) from None
-        return self.plan_conversations(tokens, causal=causal, share=share)
+
+    def plan_tokens(self, tokens: Sequence[GroupTokens], *, causal: bool, share: bool) -> Plan:
+        """Plan the run of what `tokenise` gave; the same arguments and errors as for `plan`."""
+        if self.conversations is not None:
+            return self.plan_conversations(tokens, causal=causal, share=share)
+        return self.plan_texts(
+            [group.prompt for group in tokens],
+            [[response.ids for response in group.responses] for group in tokens],
+        )
 
     def plan_conversations(
         self, tokens: Sequence[GroupTokens], *, causal: bool, share: bool

@@ -23,9 +23,10 @@ from armo.artifacts import (
 )
 from armo.data.conversation import Conversation
 from armo.data.surface import surface_features
-from armo.embed.backbone import load_backbone
+from armo.embed.backbone import Backbone, load_backbone
 from armo.embed.plan import Plan
 from armo.fit.decorrelation import RewardTransform
+from armo.fit.gating import GatingNetwork
 from armo.fit.heads import UNCERTAINTY, ObjectiveHeads
 from armo.model.comparison import compare_scored, rating_slopes
 from armo.model.config import ArmoConfig
@@ -147,22 +148,41 @@ class ArmoRewardModel(EmbeddingScorer):
         spec = declared.backbone
         if (name := dtype_name(dtype or more.get("torch_dtype"))) is not None:
             spec = replace(spec, dtype=name)
+        backbone = load_backbone(
+            place_backbone(spec, folder),
+            device=device,
+            batch_tokens=batch_tokens,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        backbone.spec = replace(backbone.spec, id=spec.id, revision=spec.revision)
+        model = cls.assemble(folder, declared, gate=gate, tensors=tensors, backbone=backbone)
+        if config is not None:
+            model.config = copy.deepcopy(config)
+        model.name_or_path = model.config.name_or_path = str(path)
+        return model
+
+    @classmethod
+    def assemble(
+        cls,
+        folder: Path,
+        declared: ModelConfig,
+        *,
+        gate: GatingNetwork,
+        tensors: Mapping[str, Tensor],
+        backbone: Backbone,
+    ) -> "ArmoRewardModel":
+        """Make the model of what `load_folder` found in a folder, on a backbone of the caller's."""
         names = declared.objectives.names
         heads = ObjectiveHeads(
             names, tensors["head_weights"], tensors["head_intercepts"], declared.links
         )
         model = cls(
             objectives=declared.objectives,
-            backbone=load_backbone(
-                place_backbone(spec, folder),
-                device=device,
-                batch_tokens=batch_tokens,
-                device_map=device_map,
-                attn_implementation=attn_implementation,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            ),
+            backbone=backbone,
             heads=heads,
             transform=RewardTransform(
                 names,
@@ -175,11 +195,8 @@ class ArmoRewardModel(EmbeddingScorer):
             beta=float(tensors["beta"]),
             uncertainty=read_uncertainty(folder, declared, heads),
         )
-        model.backbone.spec = replace(model.backbone.spec, id=spec.id, revision=spec.revision)
         model.folder = folder
-        made = ArmoConfig(**read_json(folder / CONFIG)) if config is None else config
-        model.config = copy.deepcopy(made)
-        model.name_or_path = model.config.name_or_path = str(path)
+        model.config = ArmoConfig(**read_json(folder / CONFIG))
         return model
 
     @classmethod

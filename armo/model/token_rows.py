@@ -5,7 +5,7 @@ opens the last response. The text is tokenised again, as it is for `score`, so t
 same embeddings; ids that are not how the tokenizer writes their text are refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from armo.embed.boundary import (
     ConversationTokenizer,
     GroupTokens,
     Opening,
+    PromptGroup,
     cut,
     split,
 )
@@ -107,7 +108,28 @@ class TokenReader:
             )
             for row in rows
         ]
-        starts = [self._start(number, text, marks) for number, text in enumerate(texts)]
+        groups, responses = [], []
+        starts = []
+        for number, text in enumerate(texts):
+            try:
+                starts.append(self._start(text, marks))
+            except TokenRowError as error:
+                raise TokenRowError(f"row {number}: {error}") from None
+        for number, (group, response) in enumerate(self._split(texts, starts, conversations)):
+            if group.responses[0].ids != rows[number]:
+                raise TokenRowError(
+                    f"row {number}: its ids are not how the tokenizer writes their text; tokenise "
+                    f"the text that the chat template renders, whole and without special tokens"
+                )
+            groups.append(group)
+            responses.append(response)
+        return groups, responses
+
+    def _split(
+        self, texts: list[str], starts: list[int], conversations: ConversationTokenizer
+    ) -> Iterator[tuple[GroupTokens, str]]:
+        """Yield tokens, and the text of the response, of texts whose responses start there."""
+        marks = self.marks
         heads = [start - marks.back for start in starts]
         if self._planner.spec.prompt_position == "turn_end":
             # White space after the end of a turn belongs to the next one.
@@ -115,20 +137,11 @@ class TokenReader:
         again = conversations.encode(
             texts + [t[:head] + marks.ending for t, head in zip(texts, heads, strict=True)]
         )
-        groups, responses = [], []
-        for number, (row, text, head) in enumerate(zip(rows, texts, heads, strict=True)):
-            encoding = again[number]
-            if encoding.ids != row:
-                raise TokenRowError(
-                    f"row {number}: its ids are not how the tokenizer writes their text; tokenise "
-                    f"the text that the chat template renders, whole and without special tokens"
-                )
-            prompt = cut(again[len(rows) + number], head)
-            tokens = split(encoding, text, prompt, head=head, closing=marks.closing)
-            groups.append(GroupTokens(prompt, [tokens]))
-            body = text[starts[number] - _begun(marks.opening) : len(text) - len(marks.closing)]
-            responses.append(body.removeprefix(marks.lead))
-        return groups, responses
+        for number, (text, start, head) in enumerate(zip(texts, starts, heads, strict=True)):
+            prompt = cut(again[len(texts) + number], head)
+            tokens = split(again[number], text, prompt, head=head, closing=marks.closing)
+            body = text[start - _begun(marks.opening) : len(text) - len(marks.closing)]
+            yield GroupTokens(prompt, [tokens]), body.removeprefix(marks.lead)
 
     def _without_doubles(self, row: list[int]) -> list[int]:
         """Drop what the tokenizer adds to a text in which the template has written it already."""
@@ -141,19 +154,91 @@ class TokenReader:
             row = row[: len(row) - n]
         return row
 
-    def _start(self, number: int, text: str, marks: Marks) -> int:
+    def take_apart(self, text: str, *, prompt: str | None = None) -> tuple[str, str]:
+        """Part the text of a conversation, as the chat template renders it, before its response.
+
+        A response that was cut, as by a limit on new tokens, need not be closed. For an encoder the
+        text is `[CLS] prompt [SEP] response [SEP]`, as the tokenizer in the model folder writes it.
+
+        Args:
+            text: Rendered text; the tokenizer's own beginning may be there twice or not at all.
+            prompt: What it begins with, up to the response; if None, the response is what follows
+                the last place where the template opens one. Then a response that writes the
+                template's own control text begins there.
+
+        Returns:
+            Up to the response, and the response without what closes it.
+
+        Raises:
+            TokenRowError: If the text does not say where its response begins.
+        """
+        if self._planner.conversations is None:
+            cls, sep = str(self._tokenizer.cls_token), str(self._tokenizer.sep_token)
+            parts = text.strip().removeprefix(cls).removesuffix(sep).split(sep)
+            if len(parts) != 2:
+                raise TokenRowError(
+                    f"it is not `{cls} prompt {sep} response {sep}`, as the chat template of the "
+                    f"tokenizer in the model folder writes it: it has {len(parts) - 1} separators"
+                )
+            return parts[0].strip(), parts[1].strip()
+        marks = self.marks
+        text = self._begun_once(text)
+        end = len(text) if prompt is None else len(self._begun_once(prompt))
+        if prompt is not None and text[:end] != self._begun_once(prompt):
+            raise TokenRowError("it does not begin with its prompt")
+        start = self._opened(text[:end], marks)
+        if (
+            prompt is not None
+            and marks.closing.strip()
+            and marks.closing.strip() in text[start:end]
+        ):
+            raise TokenRowError("its prompt does not end where a response begins")
+        whole = max(k for k in range(len(marks.closing) + 1) if text.endswith(marks.closing[:k]))
+        return text[:start], text[start : max(start, len(text) - whole)]
+
+    def read(self, head: str, body: str) -> tuple[GroupTokens, str]:
+        """Tokenise the two parts of a conversation, and say what the text of the response is.
+
+        Args:
+            head: As from `take_apart`.
+            body: The response, without what closes it.
+        """
+        conversations = self._planner.conversations
+        if conversations is None:
+            group = PromptGroup((Message("user", head),), [body])
+            return self._planner.tokenise([group])[0], body
+        return next(self._split([head + body + self.marks.closing], [len(head)], conversations))
+
+    def _begun_once(self, text: str) -> str:
+        """Let a text begin as the template begins one, though a tokenizer added to it or took."""
+        bos = self._tokenizer.bos_token
+        if not bos:
+            return text
+        conversations = self._planner.conversations
+        assert conversations is not None
+        while text.startswith(bos):
+            text = text.removeprefix(bos)
+        return bos + text if conversations.open(_probes()[0]).text.startswith(bos) else text
+
+    def _start(self, text: str, marks: Marks) -> int:
+        start = self._opened(text, marks)
+        if not text.endswith(marks.closing, start):
+            raise TokenRowError(
+                f"it does not end as the chat template ends a response, in {marks.closing!r}: was "
+                f"it cut, or is the generation prompt its end? Give it whole; what is too long is "
+                f"cut by the model's own rule"
+            )
+        return start
+
+    @staticmethod
+    def _opened(text: str, marks: Marks) -> int:
+        """Find where the last response begins."""
         place = text.rfind(marks.opening)
         start = place + len(marks.opening)
         if place < 0 or start - marks.back < 0:
             raise TokenRowError(
-                f"row {number}: no response begins in it, as the chat template would by "
-                f"{marks.opening!r}; render the whole conversation by the chat template"
-            )
-        if not text.endswith(marks.closing, start):
-            raise TokenRowError(
-                f"row {number} does not end as the chat template ends a response, in "
-                f"{marks.closing!r}: was it cut, or is the generation prompt its end? Give it "
-                f"whole; what is too long is cut by the model's own rule"
+                f"no response begins in it, as the chat template would by {marks.opening!r}; "
+                f"render the whole conversation by the chat template"
             )
         return start
 

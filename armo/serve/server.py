@@ -1,0 +1,236 @@
+"""Scoring over HTTP: one engine behind a native interface and those of other programs."""
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from armo.model.reward_model import ArmoRewardModel
+from armo.model.scales import limits_of, passing, rescale
+from armo.serve import schemas
+from armo.serve.engine import QueueFullError, RowScore, StoppingError, gather
+from armo.serve.guard import Guard, Refusal
+from armo.serve.protocols import protocol_routes
+from armo.serve.rows import Row, RowError, RowReader
+from armo.serve.service import ServerSettings, Service, scored
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# What a row is made of, by objective.
+COLUMNS = (
+    "rewards",
+    "uncertainty",
+    "adjusted",
+    "gating_weights",
+    "gating_uncertainty",
+    "contributions",
+)
+
+
+def create_app(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -> Guard:
+    """Make the application; its engine starts at once and stops with the application.
+
+    Args:
+        model: The scoring model.
+        name: What answers call it.
+        settings: Limits.
+    """
+    service = Service(model, name=name, settings=settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(
+        title="armo",
+        summary=f"Scores of {name}",
+        version=version("armo"),
+        lifespan=lifespan,
+        responses={
+            code: {"model": schemas.ErrorReply} for code in (400, 401, 408, 413, 422, 500, 503, 504)
+        },
+    )
+    app.state.service = service
+    registry = CollectorRegistry()
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(StarletteHTTPException, _wrong)
+    app.add_exception_handler(QueueFullError, _no_room)
+    app.add_exception_handler(StoppingError, _no_room)
+    _native_routes(app, service, registry)
+    app.include_router(protocol_routes(service))
+
+    def refusal() -> Refusal | None:
+        try:
+            service.engine.check_room()
+        except (QueueFullError, StoppingError) as error:
+            return _refusal(error)
+        return None
+
+    guard = Guard(
+        app,
+        check_room=refusal,
+        api_key=settings.api_key,
+        open_paths=frozenset({"/health"}),
+        known_paths=frozenset(app.openapi()["paths"]),
+        max_body_bytes=settings.max_body_bytes,
+        max_requests=settings.max_requests,
+        timeout_s=settings.timeout_s,
+    )
+    registry.register(service)
+    registry.register(guard)
+    return guard
+
+
+def _native_routes(app: FastAPI, service: Service, registry: CollectorRegistry) -> None:
+    @app.post(
+        "/score",
+        summary="Conversations in, scores and what they are made of out",
+        response_model_exclude_unset=True,
+    )
+    async def score(body: schemas.ScoreRequest, request: Request) -> schemas.ScoreReply:
+        service.log(request, body)
+        prompt, responses, conversations = body.prompt, body.responses, body.conversations
+        if (conversations is None) == (prompt is None or responses is None) or (
+            conversations is not None and not prompt is responses is None
+        ):
+            raise HTTPException(422, "send either `conversations`, or `prompt` with `responses`")
+        try:
+            limits = limits_of(service.model.objectives, body.thresholds or {})
+            if body.weights is not None:
+                service.model.objectives.mix(body.weights)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+
+        def read(reader: RowReader) -> list[Row | RowError]:
+            if conversations is not None:
+                return reader.conversations([schemas.read_conversation(c) for c in conversations])
+            assert prompt is not None
+            assert responses is not None
+            turns = schemas.messages(prompt)
+            return reader.conversations([schemas.read_response(turns, r) for r in responses])
+
+        rows = len(conversations if conversations is not None else responses or ())
+        answers = await service.rate(request, read, rows=rows, weights=body.weights)
+        scores = scored(answers)
+        out = passing(rescale(gather(scores), service.model.objectives, scale=body.scale), limits)
+        names = out.objectives
+        columns = {column: getattr(out, column).tolist() for column in COLUMNS}
+        places = iter(range(len(scores)))
+        made = []
+        for answer in answers:
+            if not isinstance(answer, RowScore):
+                made.append(schemas.ScoredRow(error=str(answer)))
+                continue
+            k = next(places)
+            parts: dict[str, Any] = {c: _named(names, values[k]) for c, values in columns.items()}
+            if service.model.uncertainty is None:
+                parts.pop("uncertainty")
+            if limits:
+                parts["passes"] = bool(out.passes[k])
+            made.append(
+                schemas.ScoredRow(
+                    score=float(out.score[k]),
+                    truncated=bool(out.truncated[k]),
+                    **parts,
+                )
+            )
+        return schemas.ScoreReply(
+            model=service.name,
+            objectives=list(names),
+            ranges={
+                n: (_finite(a), _finite(b)) for n, (a, b) in zip(names, out.ranges, strict=True)
+            },
+            higher_is_better=dict(zip(names, out.higher_is_better, strict=True)),
+            rows=made,
+        )
+
+    @app.post("/compare", summary="Why one response is preferred to another")
+    async def compare(body: schemas.CompareRequest, request: Request) -> schemas.CompareReply:
+        service.log(request, body)
+
+        def read(reader: RowReader) -> list[Row | RowError]:
+            turns = schemas.messages(body.prompt)
+            return reader.conversations([schemas.read_response(turns, r) for r in (body.a, body.b)])
+
+        answers = await service.rate(request, read, rows=2)
+        for what, answer in zip("ab", answers, strict=True):
+            scored([answer], rows=[what])
+        comparison = service.model.compare_rows(gather(scored(answers)), 0, 1)
+        return schemas.CompareReply(**asdict(comparison))
+
+    @app.get("/info", summary="What is served: objectives, scales, fingerprint, limits")
+    def info() -> schemas.InfoReply:
+        return service.info()
+
+    @app.get("/health", summary="Whether requests are taken")
+    async def health(response: Response) -> schemas.HealthReply:
+        if service.engine.healthy:
+            return schemas.HealthReply(status="ok")
+        response.status_code = 503
+        return schemas.HealthReply(status="stopping, or the last pass failed; see the log")
+
+    @app.get("/metrics", summary="Counts, as Prometheus reads them", response_class=Response)
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return Refusal(422, schemas.first_error(error.errors())).response()
+
+
+async def _wrong(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    return Refusal(error.status_code, str(error.detail)).response()
+
+
+async def _no_room(request: Request, error: Exception) -> Response:
+    return _refusal(error).response()
+
+
+def _refusal(error: Exception) -> Refusal:
+    if isinstance(error, QueueFullError):
+        return Refusal(503, str(error), ("retry-after", str(error.retry_after_s)))
+    return Refusal(503, str(error))
+
+
+def _named(names: tuple[str, ...], values: list[float]) -> dict[str, Any]:
+    return {name: _finite(value) for name, value in zip(names, values, strict=True)}
+
+
+def _finite(value: float) -> float | None:
+    """Null for what JSON cannot say: what is not known, and where a range has no end."""
+    return value if math.isfinite(value) else None
+
+
+def serve(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -> None:
+    """Serve a model until the process is told to stop; then finish what was taken.
+
+    Args:
+        model: The scoring model.
+        name: What answers call it.
+        settings: Address and limits.
+    """
+    if settings.host not in LOOPBACK and settings.api_key is None:
+        logger.warning("%s is open to others, and there is no API key", settings.host)
+    uvicorn.run(
+        create_app(model, name=name, settings=settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.timeout_s) + 1,
+    )

@@ -1,0 +1,184 @@
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import conversation, make_model
+from serving import serving
+
+from armo.artifacts import ArtifactError
+from armo.embed.backbone import load_backbone
+from armo.embed.spec import BackboneError, BackboneSpec
+from armo.model.reward_model import ArmoRewardModel
+from armo.model.scorer import TENSORS
+from armo.serve.client import PoolingClient, RemoteError, load_split
+
+ROWS = [
+    conversation("How do I boil an egg?", "Seven minutes in hot water."),
+    conversation("How do I boil an egg?", "No idea."),
+    conversation("What can you not know?", "The future. " * 40),
+]
+
+
+@contextmanager
+def pooling(model, *, change=lambda states: states, wrap=None, key=None):
+    """A stand-in for vLLM's server, which answers from a local model in vLLM's shape."""
+    asked, lock = [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if key is not None and self.headers["authorization"] != f"Bearer {key}":
+                self.send_error(401)
+                return
+            data = []
+            with lock, torch.inference_mode():
+                asked.append((self.path, body))
+                for k, ids in enumerate(body["input"]):
+                    state = model(torch.tensor([ids])).last_hidden_state[0, -1]
+                    data.append({"index": k, "object": "pooling", "data": change(state).tolist()})
+            answer = {"id": "x", "object": "list", "model": body.get("model"), "data": data[::-1]}
+            content = json.dumps(wrap(answer) if wrap else answer).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def whole(causal_folder, tmp_path_factory):
+    """A model with its backbone here, loaded from a folder with golden scores."""
+    spec = BackboneSpec(str(causal_folder), pooling="last", max_tokens=128, max_prompt_tokens=64)
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    backbone = load_backbone(spec, device="cpu")
+    make_model(backbone, covariates=("log_length",)).save_pretrained(folder, golden=ROWS)
+    return ArmoRewardModel.from_pretrained(folder, device="cpu")
+
+
+def split(model, url, **options):
+    return load_split(model.folder, PoolingClient(url, model="m", timeout_s=10, **options))
+
+
+def test_a_split_model_scores_as_a_whole_one(whole):
+    with pooling(whole.backbone.model, key="k") as (url, asked):
+        apart = split(whole, url, api_key="k")
+        assert not list(apart.backbone.model.parameters())
+        asked.clear()
+        out, expected = apart.score(ROWS), whole.score(ROWS)
+    for name in ("score", *TENSORS):
+        torch.testing.assert_close(
+            getattr(out, name), getattr(expected, name), atol=1e-4, rtol=1e-4, equal_nan=True
+        )
+    assert out.truncated.tolist() == [False, False, True]
+    assert {path for path, _ in asked} == {"/pooling"}
+    bodies = [body for _, body in asked]
+    assert all(body["model"] == "m" and body["use_activation"] is False for body in bodies)
+    # Two prompts, three conversations: each is asked for once.
+    assert sum(len(body["input"]) for body in bodies) == 5
+
+
+def test_a_split_model_is_served(whole):
+    with pooling(whole.backbone.model) as (url, _), serving(split(whole, url)) as client:
+        reply = client.post("/score", json={"conversations": ROWS}).json()
+    expected = whole.score(ROWS).score.tolist()
+    scores = [row["score"] for row in reply["rows"]]
+    assert scores == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_many_rows_are_asked_for_in_parts(whole):
+    rows = [conversation(f"Question {k}?", "word " * 20) for k in range(30)]
+    with pooling(whole.backbone.model) as (url, asked):
+        client = PoolingClient(url, timeout_s=10)
+        apart = load_split(whole.folder, client, batch_tokens=128)
+        asked.clear()
+        scores = apart.score(rows).score
+    torch.testing.assert_close(scores, whole.score(rows).score, atol=1e-4, rtol=1e-4)
+    sizes = [sum(map(len, body["input"])) for _, body in asked]
+    assert len(sizes) > 5
+    assert max(sizes) <= 128
+
+
+def test_normalised_embeddings_are_found_at_once(whole):
+    with (
+        pooling(whole.backbone.model, change=lambda s: s / s.norm()) as (url, _),
+        pytest.raises(RemoteError, match="normalised"),
+    ):
+        split(whole, url)
+
+
+def test_another_model_behind_the_server_is_found_at_once(whole):
+    with (
+        pooling(whole.backbone.model, change=lambda state: state * 1.01) as (url, _),
+        pytest.raises(ArtifactError, match="deviate by"),
+    ):
+        split(whole, url)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda answer: {"data": answer["data"][:-1]}, "one embedding for each"),
+        (lambda answer: {"error": "no"}, "one embedding for each"),
+        (lambda answer: [], "one embedding for each"),
+        (
+            lambda answer: {"data": [{**part, "data": [part["data"]]} for part in answer["data"]]},
+            "--convert embed",
+        ),
+        (
+            lambda answer: {"data": [{**p, "data": [float("nan")] * 16} for p in answer["data"]]},
+            "not finite",
+        ),
+    ],
+)
+def test_an_answer_of_another_form_is_refused(whole, wrap, message):
+    with (
+        pooling(whole.backbone.model, wrap=wrap) as (url, _),
+        pytest.raises(RemoteError, match=message),
+    ):
+        split(whole, url)
+
+
+def test_a_server_that_refuses_or_is_not_there_is_named(whole):
+    with (
+        pooling(whole.backbone.model, key="k") as (url, _),
+        pytest.raises(RemoteError, match=r"/pooling answers 401"),
+    ):
+        split(whole, url)
+    with pytest.raises(RemoteError, match="does not answer"):
+        split(whole, url)
+    with pytest.raises(ValueError, match="http://"):
+        PoolingClient("file:///etc/passwd", timeout_s=1)
+
+
+def test_a_server_that_fails_later_fails_the_request_and_not_the_row(whole):
+    with pooling(whole.backbone.model) as (url, _):
+        apart = split(whole, url)
+    with serving(apart) as client:
+        assert client.post("/score", json={"conversations": ROWS}).status_code == 500
+        assert client.get("/health").status_code == 503
+
+
+def test_a_model_that_reads_more_than_the_last_state_is_refused(encoder, tmp_path):
+    make_model(encoder).save_pretrained(tmp_path / "model")
+    client = PoolingClient("http://127.0.0.1:9", timeout_s=1)
+    with pytest.raises(BackboneError, match="pooling: mean"):
+        load_split(tmp_path / "model", client)
+
+
+def test_another_tokenizer_is_refused(whole, encoder_folder):
+    client = PoolingClient("http://127.0.0.1:9", timeout_s=1)
+    with pytest.raises(BackboneError, match="tokenizer is not"):
+        load_split(whole.folder, client, tokenizer=encoder_folder)
