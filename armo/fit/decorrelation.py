@@ -47,6 +47,9 @@ STYLE_FEATURES = (
 """Surface features that are style. Of the others, lines and paragraphs follow from length and
 lists; inline code and questions are as much content: a good answer about code names code."""
 
+RARE = 20
+"""Prompts to which a covariate must differ between responses, at most, to be decorrelated from."""
+
 # The tensors of a transform, in the order of its fields.
 PARTS = ("matrix", "offset", "style")
 
@@ -143,6 +146,11 @@ def fit_transforms(
 
     The arguments are those of `fit_reward_transform`.
     """
+    shown = _prompts_showing(covariates.double(), groups, scope=scope)
+    odd = _too_few(shown, groups) & (shown > 0)
+    named = zip(covariate_names, odd.tolist(), strict=True)
+    if rare := [name for name, is_odd in named if is_odd and name in features]:
+        logger.info("too few responses have %s to take it out of the rewards", ", ".join(rare))
     fitted = []
     for each in (heads.heads, *heads.without_fold):
         fitted.append(
@@ -190,7 +198,9 @@ def fit_reward_transform(
       takes less out than `leace`, whose prediction of style from the embedding is imperfect, but
       scoring then needs the text.
 
-    With none of them the rewards are only standardised.
+    With none of them the rewards are only standardised. A covariate in which responses differ to
+    fewer than `RARE` prompts, and to less than one in a hundred, is left alone: what one odd text
+    says of it would be subtracted from every response that has it.
 
     Args:
         heads: The objective heads.
@@ -230,6 +240,7 @@ def fit_reward_transform(
         )
     # Of what is the same within every prompt only rounding is left, not to be blown up.
     measured = measured * (measured.abs().amax(0) > 1e-12 * z.abs().amax(0))
+    measured = measured * ~_too_few(_prompts_showing(z, groups, scope=scope), groups)
     projection = torch.eye(x.shape[1], dtype=torch.float64)
     if "leace" in methods and columns:
         projection = leace_projection(deviations, measured)
@@ -299,6 +310,25 @@ def fit_reward_transform(
         style / spread[:, None] if "residual" in methods else style[:, :0],
     )
     return transform, summaries
+
+
+def _prompts_showing(
+    covariates: Float[Tensor, "batch covariates"], groups: Int[Tensor, " batch"], *, scope: Scope
+) -> Int[Tensor, " covariates"]:
+    """Number of prompts that show what a covariate does: it differs within them, or from others."""
+    distinct, prompt = groups.unique(return_inverse=True)
+    low = torch.full((len(distinct), covariates.shape[1]), torch.inf, dtype=covariates.dtype)
+    index = prompt[:, None].expand(covariates.shape)
+    high = (-low).scatter_reduce(0, index, covariates, "amax")
+    low = low.scatter_reduce(0, index, covariates, "amin")
+    if scope == "pooled":
+        usual = covariates.mode(0).values
+        low, high = torch.minimum(low, usual), torch.maximum(high, usual)
+    return (high > low).sum(0)
+
+
+def _too_few(shown: Int[Tensor, " covariates"], groups: Int[Tensor, " batch"]) -> Tensor:
+    return shown < min(RARE, len(groups.unique()) / 100)
 
 
 def least_squares(

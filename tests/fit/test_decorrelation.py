@@ -499,6 +499,41 @@ def test_a_covariate_that_is_the_same_within_every_prompt_is_ignored_though_mean
     torch.testing.assert_close(*adjusted, atol=1e-8, rtol=0)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("method", ["residual", "leace"])
+def test_a_feature_that_a_few_odd_responses_have_is_left_alone_and_named(method, scope, caplog):
+    problem = Problem(rows=4000, prompts=1000)
+
+    def fit(prompts):
+        has = torch.zeros(4000, 1, dtype=torch.float64)
+        has[:prompts] = 1.0
+        with caplog.at_level("INFO"):
+            fitted = fit_transforms(
+                FittedHeads(problem.heads, (), torch.full((1000,), -1), ()),
+                problem.embeddings,
+                covariates=torch.cat([problem.covariates, has], dim=1),
+                groups=problem.groups,
+                covariate_names=("log_length", "bold", "affirmative"),
+                bias_indices=BIAS,
+                methods=(method,),
+                features=("log_length", "bold", "affirmative"),
+                scope=scope,
+            )
+        return fitted.transform
+
+    few = fit(9)  # of a thousand prompts
+    assert "too few responses have affirmative" in caplog.text
+    caplog.clear()
+    enough = fit(10)
+    assert not caplog.text
+    none = fit(0)
+    torch.testing.assert_close(few.matrix, none.matrix)
+    assert not torch.allclose(enough.matrix, none.matrix, rtol=1e-6)
+    if method == "residual":
+        assert not few.style[:, 2].any()
+        assert bool(enough.style[list(MIXED), 2].all())
+
+
 @given(CASES, st.sampled_from(SCOPES), st.sampled_from([-3.0, 0.01, 50.0]))
 def test_adjusted_rewards_do_not_depend_on_the_scale_of_rewards_or_embeddings(case, scope, factor):
     reference = make_reference(case)
