@@ -6,27 +6,34 @@ import logging
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
-from rich.console import Console
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from armo import data_cli
+from armo.command import (
+    CONFIG,
+    build,
+    columns_of,
+    fail,
+    in_one_line,
+    make_console,
+    one_line,
+    quieten,
+)
 from armo.sweeps import JobError, held_out_results, show_jobs
-
-CONFIG = {"version_base": "1.3", "config_path": "pkg://armo.conf"}
 
 USAGE = """armo: interpretable, multi-objective reward models
 
@@ -39,6 +46,7 @@ usage: armo VERB [OVERRIDES ...]
   verify   check that a model scores its golden conversations as it did when made
   import   make a model folder of a published ArmoRM or QRM checkpoint
   export   write a model in a format that other programs read
+  data     check: what is in a data set, and what is wrong with it
 
 `armo VERB --help` lists a verb's settings. A setting is changed by `name=value`, as in
 `armo train experiment=demo fit.gating.hidden_dim=32`; Hydra reads the command line.
@@ -46,8 +54,6 @@ usage: armo VERB [OVERRIDES ...]
 """
 
 logger = logging.getLogger("armo")
-
-T = TypeVar("T")
 
 
 def main() -> None:
@@ -65,70 +71,33 @@ def main() -> None:
         print(USAGE, file=sys.stderr)
         print(f"armo: unknown verb {verb!r}" if verb else "armo: a verb is needed", file=sys.stderr)
         sys.exit(2)
-    sys.argv = [f"armo {verb}", *sys.argv[2:]]
+    command = VERBS[verb]
+    if isinstance(command, dict):
+        after = sys.argv[2] if len(sys.argv) > 2 else ""
+        if after not in command:
+            print(f"armo {verb} needs one of {', '.join(command)}, got {after!r}", file=sys.stderr)
+            sys.exit(2)
+        verb, command = f"{verb} {after}", command[after]
+    sys.argv = [f"armo {verb}", *sys.argv[1 + len(verb.split()) :]]
     # Progress bars of libraries for a model of a few megabytes only hide ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Hydra prints its own errors over many lines, unless it is asked to raise them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        VERBS[verb]()
+        command()
     except HydraException as error:
-        _fail(error)
+        fail(error)
     except JobError as error:
         # Hydra ends a sweep's callbacks with the sweep, not when one of its jobs failed.
         show_jobs(error.sweep)
-        _fail(error)
+        fail(error)
     except KeyboardInterrupt:
         print("armo: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _fail(error: Exception) -> NoReturn:
-    print(f"armo: error: {_one_line(error)}", file=sys.stderr)
-    sys.exit(1)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _in_one_line(task: Callable[[DictConfig], T]) -> Callable[[DictConfig], T]:
-    """Turn any error into one line and exit status 1; all of it with `hydra.verbose=true`.
-
-    A job of a sweep raises it instead, with its number, and the sweeper decides what becomes of
-    the others.
-    """
-
-    @wraps(task)
-    def run(cfg: DictConfig) -> T:
-        _quieten()
-        try:
-            return task(cfg)
-        except KeyboardInterrupt:
-            resumes = (
-                "; the same command goes on where it was"
-                if task.__name__ in ("train", "evaluate")
-                else ""
-            )
-            print(f"armo: interrupted{resumes}", file=sys.stderr)
-            sys.exit(130)
-        except MissingMandatoryValue as error:
-            print(f"armo: {error.full_key} is needed: {error.full_key}=...", file=sys.stderr)
-            sys.exit(2)
-        except Exception as error:
-            context = HydraConfig.get()
-            if context.verbose:
-                raise
-            if context.mode == RunMode.MULTIRUN:
-                sweep = Path(context.sweep.dir)
-                raise JobError(_one_line(error), job=context.job.num, sweep=sweep) from None
-            _fail(error)
-
-    return run
-
-
 @hydra.main(**CONFIG, config_name="train")
-@_in_one_line
+@in_one_line
 def train(cfg: DictConfig) -> float | None:
     """Run the stages of a training run.
 
@@ -143,7 +112,7 @@ def train(cfg: DictConfig) -> float | None:
     from armo.data.sources import BUILTIN_FILES
     from armo.embed.extract import outer_rank
 
-    _quieten()  # once more: Lightning sets its own log level when it is imported
+    quieten()  # once more: Lightning sets its own log level when it is imported
     unknown = [name for name in cfg.stages if name not in stages.STAGES]
     if unknown:
         raise ValueError(f"`stages` knows {', '.join(stages.STAGES)}, not {', '.join(unknown)}")
@@ -158,7 +127,7 @@ def train(cfg: DictConfig) -> float | None:
     rank = outer_rank() or 0
     run = stages.Run(
         folder=_output_folder(cfg),
-        console=_console(),
+        console=make_console(),
         seed=cfg.seed,
         rank=rank,
         stages=tuple(cfg.stages),
@@ -202,12 +171,12 @@ def train(cfg: DictConfig) -> float | None:
                 for kind in BUILTIN_FILES
                 for file in section_files(plain(cfg.data[kind]), kind=kind)
             ],
-            stream_ratings=_build(cfg.data.ratings),
-            stream_pairs=_build(cfg.data.pairs),
-            stream_lists=_build(lists) if lists._target_ is not None else None,
-            stream_benchmark=_build(benchmark) if benchmark._target_ is not None else None,
-            backbone=_build(backbone),
-            team=_build(cfg.embed.trainer),
+            stream_ratings=build(cfg.data.ratings),
+            stream_pairs=build(cfg.data.pairs),
+            stream_lists=build(lists) if lists._target_ is not None else None,
+            stream_benchmark=build(benchmark) if benchmark._target_ is not None else None,
+            backbone=build(backbone),
+            team=build(cfg.embed.trainer),
             backbone_id=(plain(backbone)["spec"]["id"], backbone.spec.revision),
             test_fraction=cfg.data.test_fraction,
             min_ratings=cfg.data.min_ratings,
@@ -217,13 +186,13 @@ def train(cfg: DictConfig) -> float | None:
             run,
             settings=plain(cfg.fit.heads),
             reweighted=decorrelation["features"] if "reweight" in decorrelation["methods"] else (),
-            fit=_build(cfg.fit.heads),
+            fit=build(cfg.fit.heads),
             source_weights=source_weights,
         ),
         "decorrelation": lambda: stages.run_decorrelation(
             run,
             settings=plain(cfg.fit.decorrelation),
-            fit=_build(cfg.fit.decorrelation),
+            fit=build(cfg.fit.decorrelation),
             source_weights=source_weights,
         ),
         "gating": lambda: stages.run_gating(
@@ -232,12 +201,10 @@ def train(cfg: DictConfig) -> float | None:
                 "gating": {k: v for k, v in plain(cfg.fit.gating).items() if k != "progress"},
                 "trainer": plain(cfg.fit.trainer),
             },
-            fit=_build(
-                cfg.fit.gating, trainer=_build(cfg.fit.trainer), logger=_build(cfg.fit.logger)
-            ),
+            fit=build(cfg.fit.gating, trainer=build(cfg.fit.trainer), logger=build(cfg.fit.logger)),
             source_weights=source_weights,
         ),
-        "model": lambda: stages.run_model(run, backbone=_build(backbone)),
+        "model": lambda: stages.run_model(run, backbone=build(backbone)),
         "report": lambda: stages.run_report(run, settings=plain(cfg.report), **plain(cfg.report)),
     }
     if rank > 0:
@@ -253,14 +220,14 @@ def train(cfg: DictConfig) -> float | None:
 
 
 @hydra.main(**CONFIG, config_name="score")
-@_in_one_line
+@in_one_line
 def score(cfg: DictConfig) -> None:
     """Score the rows of a file."""
     from armo.artifacts import replacing
     from armo.data.sources import load_scorable
     from armo.model.reward_model import ArmoRewardModel
 
-    rows = load_scorable(cfg.input, columns=_columns(cfg))
+    rows = load_scorable(cfg.input, columns=columns_of(cfg))
     model = ArmoRewardModel.from_pretrained(
         cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
     )
@@ -270,7 +237,7 @@ def score(cfg: DictConfig) -> None:
         "thresholds": OmegaConf.to_container(cfg.thresholds) if cfg.thresholds else None,
     }
     mixed = [model.objectives.names[k] for k in model.objectives.mixed_indices]
-    console = _console()
+    console = make_console()
     shown: list[dict[str, Any]] = []
     results = _score_rows(model, rows, options)
     progress = track(results, total=len(rows), description="scoring", console=console)
@@ -290,7 +257,7 @@ def score(cfg: DictConfig) -> None:
 
 
 @hydra.main(**CONFIG, config_name="evaluate")
-@_in_one_line
+@in_one_line
 def evaluate(cfg: DictConfig) -> None:
     """Evaluate models on test sets, side by side."""
     from armo.data.benchmarks import Benchmark
@@ -325,11 +292,11 @@ def evaluate(cfg: DictConfig) -> None:
             "`data/benchmark`: this one is lists for a training run; to evaluate on your own pairs "
             "or lists, data/benchmark=pairs data.benchmark.path=..."
         )
-    built = _build(cfg.data.benchmark)
+    built = build(cfg.data.benchmark)
     best_of_n = cfg.data.best_of_n
     sets = TestSets(
         (built,) if isinstance(built, Benchmark) else tuple(built),
-        rated=None if best_of_n._target_ is None else _build(best_of_n),
+        rated=None if best_of_n._target_ is None else build(best_of_n),
     )
     if cfg.probes:
         sets = replace(sets, probes=probe_lists(sets.judged, most=cfg.probes, seed=cfg.seed))
@@ -343,7 +310,7 @@ def evaluate(cfg: DictConfig) -> None:
         )
         for name, folder in zip(names, folders, strict=True)
     }
-    output, console = Path(cfg.output_dir), _console(width=132)
+    output, console = Path(cfg.output_dir), make_console(width=132)
     scored = score_models(models, sets.rows, output)
     evaluation = evaluate_models(sets, scored, seed=cfg.seed)
     of_sets = ", ".join(each.title for each in sets.benchmarks)
@@ -384,7 +351,7 @@ def _few_sizes(table: Any) -> Any:
 
 
 @hydra.main(**CONFIG, config_name="explain")
-@_in_one_line
+@in_one_line
 def explain(cfg: DictConfig) -> None:
     """Explain the preference in each pair of a file."""
     from armo.artifacts import write_text
@@ -394,14 +361,14 @@ def explain(cfg: DictConfig) -> None:
     from armo.report.explain_page import NO_RUN, explanation_page
     from armo.report.pages import print_tables
 
-    rows = load_scorable(cfg.input, responses=2, columns=_columns(cfg))
+    rows = load_scorable(cfg.input, responses=2, columns=columns_of(cfg))
     if cfg.nearest < 1:
         raise ValueError(f"`nearest` must be at least 1, got {cfg.nearest}")
     model = ArmoRewardModel.from_pretrained(
         cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
     )
     weights: Any = OmegaConf.to_container(cfg.weights) if cfg.weights is not None else None
-    console = _console(width=132)
+    console = make_console(width=132)
     with tempfile.TemporaryDirectory(prefix="armo-") as texts:
         training = None
         if cfg.run is not None:
@@ -429,10 +396,6 @@ def explain(cfg: DictConfig) -> None:
     if cfg.output is not None:
         write_text(Path(cfg.output), explanation_page(kept, title=f"Pairs of {cfg.input}"))
         console.print(f"saved {cfg.output}")
-
-
-def _columns(cfg: DictConfig) -> Any:
-    return OmegaConf.to_container(cfg.columns) if cfg.columns is not None else None
 
 
 def _training_prompts(run: Path, model: Any, *, texts: Path) -> Any:
@@ -469,7 +432,7 @@ def _training_prompts(run: Path, model: Any, *, texts: Path) -> Any:
             test_fraction=data["test_fraction"],
         )
     except (DataError, OSError) as error:
-        logger.warning("the texts of the training prompts cannot be read: %s", _one_line(error))
+        logger.warning("the texts of the training prompts cannot be read: %s", one_line(error))
         return training
     return replace(training, text=text)
 
@@ -486,7 +449,7 @@ def _targets(section: Any) -> Iterator[str]:
 
 
 @hydra.main(**CONFIG, config_name="verify")
-@_in_one_line
+@in_one_line
 def verify(cfg: DictConfig) -> None:
     """Score a model's golden conversations again."""
     from armo.model.reward_model import ArmoRewardModel
@@ -495,11 +458,11 @@ def verify(cfg: DictConfig) -> None:
         cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
     )
     deviation = model.verify()
-    _console().print(f"ok: golden outputs of {cfg.model} deviate by {deviation:.1e} at most")
+    make_console().print(f"ok: golden outputs of {cfg.model} deviate by {deviation:.1e} at most")
 
 
 @hydra.main(**CONFIG, config_name="import")
-@_in_one_line
+@in_one_line
 def import_(cfg: DictConfig) -> None:
     """Make a model folder of a published checkpoint."""
     from armo.data.objectives import ObjectiveSet
@@ -518,13 +481,13 @@ def import_(cfg: DictConfig) -> None:
         **{name: settings[name] for name in names},
     )
     save_imported(model, output, source=source)
-    console = _console()
+    console = make_console()
     console.print(f"saved {output}: {len(model.objectives.names)} objectives, from {source}")
     console.print(f"the checkpoint stays where it is, as the backbone {model.backbone.spec.id}")
 
 
 @hydra.main(**CONFIG, config_name="export")
-@_in_one_line
+@in_one_line
 def export(cfg: DictConfig) -> None:
     """Write a model in a format that other programs read."""
     from armo.data.sources import load_pairs
@@ -541,7 +504,7 @@ def export(cfg: DictConfig) -> None:
         cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
     )
     report = export_model(model, cfg.output, format=cfg.format, weights=weights, pairs=pairs)
-    console = _console()
+    console = make_console()
     console.print(f"saved {report.folder}: {FORMATS[cfg.format]}")
     console.print(
         f"loaded again with plain Transformers: right to {report.deviation:.1e} on "
@@ -571,7 +534,7 @@ def export(cfg: DictConfig) -> None:
     console.print(f"{cost.reordered:.1%} of the pairs are ranked otherwise")
 
 
-VERBS = {
+VERBS: dict[str, Callable[[], Any] | dict[str, Callable[[], Any]]] = {
     "train": train,
     "score": score,
     "evaluate": evaluate,
@@ -579,6 +542,7 @@ VERBS = {
     "verify": verify,
     "import": import_,
     "export": export,
+    "data": data_cli.VERBS,
 }
 
 # What Lightning's loggers import, any one of them.
@@ -597,16 +561,6 @@ def _output_folder(cfg: DictConfig) -> Path:
     if context.mode == RunMode.MULTIRUN:
         return Path(context.sweep.dir) / context.sweep.subdir
     return Path(cfg.output_dir)
-
-
-def _build(section: DictConfig, **more: Any) -> Any:
-    """Make the function that a section names, its settings filled in as plain values."""
-    try:
-        return instantiate(section, _convert_="all", **more)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError | OSError):
-            raise error.__cause__ from None  # what the function itself says, on its own
-        raise
 
 
 def _check_benchmark(section: DictConfig) -> None:
@@ -705,24 +659,6 @@ def _score_table(results: Sequence[Mapping[str, Any]], objectives: Sequence[str]
                 shown.append("yes" if passes else "no")
             table.add_row(Text(label), *shown)
     return table
-
-
-def _console(*, width: int = 110) -> Console:
-    """A console; wide enough for the tables where the output is no terminal, but a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=width)
-
-
-def _quieten() -> None:
-    """Silence what libraries say about themselves; what armo says stays."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "httpx", "markdown_it"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for module in ("lightning", "torch"):
-        warnings.filterwarnings("ignore", module=rf"{module}\..*")
 
 
 if __name__ == "__main__":

@@ -344,7 +344,7 @@ def load_scorable(
     for file in data_files(path, builtin_file=BUILTIN_FILES["ratings"]):
         for place, raw in read_rows(file):
             try:
-                native = mapped.native(raw) if _is_mapped(file, mapped) else raw
+                native = mapped.native(raw) if is_mapped(file, mapped) else raw
                 row = _scorable(native, number=len(rows))
                 if responses not in (None, len(row.responses)):
                     raise ValueError(f"needs {responses} responses, has {len(row.responses)}")
@@ -403,13 +403,13 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: At the first line that is not a JSON object, the first CSV row that does not fit
             the header, or for an unreadable file.
     """
-    for place, row in _try_rows(file):
+    for place, row in try_rows(file):
         if isinstance(row, ValueError):
             raise DataError(f"{place}: {row}")
         yield place, row
 
 
-def _try_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+def try_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
     """Yield each row with its place, or what is wrong with it where others can be read still."""
     if file.name.endswith(CSV_SUFFIXES):
         yield from _csv_rows(file)
@@ -528,7 +528,7 @@ def _csv_header(cells: Sequence[str], place: str) -> list[str]:
     return names
 
 
-def _is_mapped(file: Path, mapped: ColumnMap) -> bool:
+def is_mapped(file: Path, mapped: ColumnMap) -> bool:
     """Whether the rows are to be made native; those of the built-in corpus are."""
     if file.parent == Path(__file__).with_name(BUILTIN):
         return False
@@ -555,11 +555,11 @@ def _rows(
     places: dict[bytes, str] = {}
     for file in data_files(path, builtin_file=builtin_file):
         source = next(file.name.removesuffix(end) for end in SUFFIXES if file.name.endswith(end))
-        for place, raw in _try_rows(file):
+        for place, raw in try_rows(file):
             try:
                 if isinstance(raw, ValueError):
                     raise raw
-                if _is_mapped(file, mapped):
+                if is_mapped(file, mapped):
                     raw = {"id": place, "source": source, **mapped.native(raw)}
                 row = parse(raw, place)
                 # A digest, since ids may be long and rows many.
