@@ -132,3 +132,21 @@ def test_a_missing_or_unknown_sub_verb_is_wrong_usage(verb, words):
     status, _, err = run("data", *verb)
     assert status == 2
     assert words in err
+
+
+def test_rows_of_a_published_set_are_named_by_their_place(tmp_path):
+    rows = [
+        {
+            "prompt": f"Why {k}?",
+            "response": f"Because of {k}.",
+            "helpfulness": k % 5,
+            "verbosity": 1,
+        }
+        | dict.fromkeys(("correctness", "coherence", "complexity"), k % 3)
+        for k in range(40)
+    ]
+    rows[7]["response"] += "\x07"
+    path = write_rows(tmp_path / "train.jsonl", rows)
+    check("data/ratings=helpsteer2", f"data.ratings.path={path}")
+    places = {row["check"]: row["places"] for row in report()["findings"]}
+    assert places["texts"] == f"{path}:8 `messages[1].content`"

@@ -184,15 +184,22 @@ class RowReader:
             stream: A function that yields rows. Where it takes `on_bad_row`, it reads on after a
                 row that cannot be used; otherwise that row is the last.
             options: Its arguments.
+
+        Raises:
+            DataError: If nothing can be read.
         """
         if "on_bad_row" in inspect.signature(stream).parameters:
             options["on_bad_row"] = lambda error: self.bad_rows.add(str(error))
         self.add(kind, self._until_error(stream(**options)))
 
     def _until_error(self, rows: Iterable[Row]) -> Iterator[Row]:
+        count = 0
         try:
-            yield from rows
+            for count, row in enumerate(rows, start=1):  # noqa: B007 (read below)
+                yield row
         except DataError as error:
+            if not count and not self.bad_rows.count:
+                raise  # no such file, no access: nothing to check
             if not self.bad_rows.count or "no rows" not in str(error):
                 self.bad_rows.add(f"{error}; what follows was not read")
 

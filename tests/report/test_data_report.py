@@ -12,7 +12,7 @@ from armo.data.check_overlap import BenchmarkGrams
 from armo.data.check_rows import RowReader
 from armo.data.conversation import Message, ResponseList
 from armo.data.objectives import ObjectiveSet
-from armo.data.sources import stream_lists, stream_pairs, stream_ratings
+from armo.data.sources import DataError, stream_lists, stream_pairs, stream_ratings
 from armo.report.data_report import DataCheck, check_rows
 from armo.report.tables import Evaluation
 
@@ -120,6 +120,11 @@ def test_a_stream_that_cannot_skip_ends_at_its_bad_row(tmp_path):
     assert place.startswith(f"{path}:2: malformed JSON at column ")
     assert place.endswith("; what follows was not read")
     assert len(reader.finish().places) == 1
+
+
+def test_a_stream_of_which_nothing_can_be_read_is_an_error():
+    with pytest.raises(DataError, match="No such file or folder: absent"):
+        RowReader().read("pairs", stream_pairs, path="absent")
 
 
 def test_a_file_of_bad_rows_alone_is_still_reported(tmp_path):
