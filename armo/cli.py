@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from armo import rows_cli
+from armo import data_cli
 from armo.command import (
     CONFIG,
     build,
@@ -48,7 +48,8 @@ usage: armo VERB [OVERRIDES ...]
   import   make a model folder of a published ArmoRM or QRM checkpoint
   export   write a model in a format that other programs read
   serve    score over HTTP, for other programs
-  data     annotate: what a model says of each row of a data set; pairs: preferences out of ratings
+  data     check: what is in a data set, and what is wrong with it; annotate: what a model says of
+           each row; pairs: preferences out of ratings
 
 `armo VERB --help` lists a verb's settings. A setting is changed by `name=value`, as in
 `armo train experiment=demo fit.gating.hidden_dim=32`; Hydra reads the command line.
@@ -600,7 +601,7 @@ VERBS: dict[str, Callable[[], Any] | dict[str, Callable[[], Any]]] = {
     "import": import_,
     "export": export,
     "serve": serve,
-    "data": rows_cli.VERBS,
+    "data": data_cli.VERBS,
 }
 
 SERVE_PACKAGES = ("fastapi", "prometheus_client", "uvicorn")

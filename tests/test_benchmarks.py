@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from armo.data.conversation import Message, PreferencePair
+from armo.data.sources import load_ratings
 from armo.embed.plan import Plan, SharedPrefix, Span, TokenSequence
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -42,6 +43,7 @@ SERVER = {
     "soak_memory_growth_mb",
     "malformed_5xx",
 }
+DATA = {"million_rows_s", "million_rows_peak_gb"}
 GATE = {"gate_time_to_accuracy_vs_reference"}
 EMBED_GPU = {"llama8b_tokens_per_s", "llama8b_gemm_share", "llama8b_vs_one_at_a_time"}
 
@@ -167,6 +169,25 @@ def test_other_penalties_or_weights_stop_the_ridge_comparison():
         ridge.check_same(one, ridge.Chosen([1.0, 1.0], np.eye(2)))
     with pytest.raises(SystemExit, match="weights part"):
         ridge.check_same(one, ridge.Chosen([1.0, 10.0], np.eye(2) + 1e-3))
+
+
+def test_data_gives_every_figure_of_rows_that_are_written_again_as_they_are(tmp_path):
+    printed, figures = run("data", tmp_path)
+    assert set(figures) == DATA
+    assert "carried on from 50 and 200 rows" in printed
+    check(figures)
+    data = load("data")
+    assert data.carried_on([1_000, 2_000], [1.0, 3.0]) == pytest.approx(3.0 + 998 * 2.0)
+    assert data.carried_on([data.MILLION], [7.0]) == 7.0
+    data.write_rows(tmp_path / "rows.jsonl", 200)
+    data.PROCESSES = 1
+    data.check_file(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.again").rename(tmp_path / "again.jsonl")
+    rows, again = (
+        load_ratings(str(tmp_path / name), objectives=data.OBJECTIVES)
+        for name in ("rows.jsonl", "again.jsonl")
+    )
+    assert rows == again
 
 
 def test_gate_gives_its_figure_and_tells_the_accuracy_of_both(tmp_path):

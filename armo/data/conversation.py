@@ -15,7 +15,7 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ValueError(f"role {self.role!r} is not one of {', '.join(ROLES)}")
+            raise ValueError(f"role {self.role!r:.60} is not one of {', '.join(ROLES)}")
         check_text(self.content, "content")
 
 
@@ -46,6 +46,7 @@ class RatedResponse:
         category: Kind of prompt, for reports.
         split: `train`, `test`, or None where the prompt decides.
         weight: How much the row counts beside the others, from 0 on.
+        place: Where it was read, for messages; no part of what it says.
     """
 
     id: str
@@ -55,6 +56,7 @@ class RatedResponse:
     category: str = ""
     split: str | None = None
     weight: float = 1.0
+    place: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_weight(self.weight)
@@ -87,6 +89,7 @@ class PreferencePair:
             on it; 0.5 is a tie. A missing one is left out.
         weight: How much the row counts beside the others, from 0 on.
         preference: The probability in [0.5, 1] that `chosen` is the better one; 0.5 is a tie.
+        place: Where it was read, for messages; no part of what it says.
     """
 
     id: str
@@ -100,6 +103,7 @@ class PreferencePair:
     judgements: dict[str, float] = field(default_factory=dict)
     weight: float = 1.0
     preference: float = 1.0
+    place: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -119,8 +123,8 @@ class PreferencePair:
         for name, judgement in self.judgements.items():
             if not 0.0 <= judgement <= 1.0:
                 raise ValueError(
-                    f"judgement of {name!r} is {judgement}; it is the probability in [0, 1] that "
-                    f"`chosen` is better"
+                    f"judgement of {name!r:.60} is {judgement}; it is the probability in [0, 1] "
+                    f"that `chosen` is better"
                 )
         if self.chosen.strip() == self.rejected.strip():
             raise ValueError("`chosen` and `rejected` are the same text")
@@ -145,6 +149,7 @@ class ResponseList:
         split: `train`, `test`, or None where the prompt decides.
         ranks: A number per response, the lower the better; equal ones tie.
         weight: How much the row counts beside the others, from 0 on.
+        place: Where it was read, for messages; no part of what it says.
     """
 
     id: str
@@ -156,6 +161,7 @@ class ResponseList:
     split: str | None = None
     ranks: tuple[float, ...] | None = None
     weight: float = 1.0
+    place: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -168,7 +174,7 @@ class ResponseList:
             raise ValueError("`correct` and `ranks` are both given; keep one of them")
         if any(not 0 <= k < len(self.responses) for k in self.correct or ()):
             raise ValueError(
-                f"`correct` {list(self.correct or ())} is outside the list of responses"
+                f"`correct` {list(self.correct or ())!s:.60} is outside the list of responses"
             )
         if self.ranks is not None and len(self.ranks) != len(self.responses):
             raise ValueError(
@@ -176,7 +182,7 @@ class ResponseList:
                 f"give one for each"
             )
         if not all(math.isfinite(rank) for rank in self.ranks or ()):
-            raise ValueError(f"`ranks` must be finite numbers, got {list(self.ranks or ())}")
+            raise ValueError(f"`ranks` must be finite numbers, got {list(self.ranks or ())!s:.60}")
 
     @property
     def ranking(self) -> tuple[float, ...]:

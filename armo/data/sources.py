@@ -6,12 +6,13 @@ import gzip
 import hashlib
 import importlib.resources
 import json
+import logging
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from armo.data.columns import (
     LIST_FIELDS,
@@ -44,12 +45,23 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", *CSV_SUFFIXES)
 # The csv module's own limit on a cell, 131,072 characters, is less than a long conversation.
 CELL_CHARACTERS = 2**24
 
+SHOWN_ERRORS = 5
+"""Rows left out that the log names; it counts them all."""
+
+logger = logging.getLogger(__name__)
+
 RowT = TypeVar("RowT", RatedResponse, PreferencePair, ResponseList)
 Paths = str | Sequence[str]
 
 
 class DataError(ValueError):
     """A data file cannot be used; the message says which file, which row, and why."""
+
+
+OnBadRow = Literal["error", "skip"] | Callable[[DataError], None]
+"""What becomes of a row that cannot be used: `error` stops there; `skip` leaves it out, and says at
+the end how many there were and what was wrong with the first ones; a function is given each error.
+"""
 
 
 def load_ratings(
@@ -70,6 +82,7 @@ def stream_ratings(
     undeclared: Literal["refuse", "leave_out"] = "refuse",
     columns: Mapping[str, Any] | None = None,
     missing: Sequence[str] = ("",),
+    on_bad_row: OnBadRow = "error",
 ) -> Iterator[RatedResponse]:
     """Read rated responses: `{"id", "source", "messages", "ratings"}`, the answer last.
 
@@ -84,13 +97,14 @@ def stream_ratings(
         columns: Where the fields stand in rows that are not native; see `ColumnMap`. Then, and in
             CSV files, a row needs no id and no source: its place and its file stand in.
         missing: Cells that say nothing, with `columns` or in CSV files; see `ColumnMap`.
+        on_bad_row: What becomes of a row that cannot be used; see `OnBadRow`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
         ValueError: If `columns` names a field that rated responses do not have.
     """
 
-    def parse(row: dict[str, Any]) -> RatedResponse:
+    def parse(row: dict[str, Any], place: str) -> RatedResponse:
         messages = _messages(row, "messages")
         if not messages or messages[-1].role != "assistant":
             raise ValueError("the last of `messages` must be the assistant's answer")
@@ -99,20 +113,20 @@ def stream_ratings(
             if rating is None or (undeclared == "leave_out" and name not in objectives.names):
                 continue
             _check_declared(name, objectives)
-            value = _number(rating, f"rating of {name!r}")
+            value = _number(rating, f"rating of {name!r:.60}")
             if not math.isfinite(value):
-                raise ValueError(f"rating of {name!r} is {rating}; leave a missing rating out")
+                raise ValueError(f"rating of {name!r} is {value}; leave a missing rating out")
             objectives.objectives[objectives.index(name)].to_unit(rating)
             ratings[name] = value
         return RatedResponse(
-            **_common(row),
+            **_common(row, place),
             conversation=Conversation(prompt=messages[:-1], response=messages[-1].content),
             ratings=ratings,
             weight=_weight(row),
         )
 
     mapped = ColumnMap(RATING_FIELDS, columns, missing)
-    return _rows(path, parse, mapped, builtin_file=BUILTIN_FILES["ratings"])
+    return _rows(path, parse, mapped, on_bad_row, builtin_file=BUILTIN_FILES["ratings"])
 
 
 def load_pairs(
@@ -133,6 +147,7 @@ def stream_pairs(
     judges: Mapping[str, Sequence[str]] | None = None,
     columns: Mapping[str, Any] | None = None,
     missing: Sequence[str] = ("",),
+    on_bad_row: OnBadRow = "error",
 ) -> Iterator[PreferencePair]:
     """Read preference pairs: `{"id", "source", "prompt", "chosen", "rejected", "margin"}`.
 
@@ -150,6 +165,7 @@ def stream_pairs(
         columns: Where the fields stand in rows that are not native; see `ColumnMap`. Then, and in
             CSV files, a row needs no id and no source: its place and its file stand in.
         missing: Cells that say nothing, with `columns` or in CSV files; see `ColumnMap`.
+        on_bad_row: What becomes of a row that cannot be used; see `OnBadRow`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
@@ -158,7 +174,7 @@ def stream_pairs(
     """
     judges = check_judges(judges, objectives)
 
-    def parse(row: dict[str, Any]) -> PreferencePair:
+    def parse(row: dict[str, Any], place: str) -> PreferencePair:
         judgements: dict[str, float] = {}
         given = row.get("judgements")
         if given is not None and not isinstance(given, dict):
@@ -168,8 +184,8 @@ def stream_pairs(
                 continue
             if objectives is not None:
                 _check_declared(name, objectives)
-            judgements[name] = _number(judgement, f"judgement of {name!r}")
-        common, preference = _common(row), 1.0
+            judgements[name] = _number(judgement, f"judgement of {name!r:.60}")
+        common, preference = _common(row, place), 1.0
         if row.get("preference") is not None:
             preference = _number(row["preference"], "`preference`")
         for name in judging(judges, common["source"], common["category"]):
@@ -186,7 +202,7 @@ def stream_pairs(
         )
 
     mapped = ColumnMap(PAIR_FIELDS, columns, missing)
-    return _rows(path, parse, mapped, builtin_file=BUILTIN_FILES["pairs"])
+    return _rows(path, parse, mapped, on_bad_row, builtin_file=BUILTIN_FILES["pairs"])
 
 
 def check_judges(
@@ -232,6 +248,7 @@ def stream_lists(
     *,
     columns: Mapping[str, Any] | None = None,
     missing: Sequence[str] = ("",),
+    on_bad_row: OnBadRow = "error",
 ) -> Iterator[ResponseList]:
     """Read response lists: `{"id", "source", "prompt", "responses", "correct", "category"}`.
 
@@ -245,13 +262,14 @@ def stream_lists(
         columns: Where the fields stand in rows that are not native; see `ColumnMap`. Then, and in
             CSV files, a row needs no id and no source: its place and its file stand in.
         missing: Cells that say nothing, with `columns` or in CSV files; see `ColumnMap`.
+        on_bad_row: What becomes of a row that cannot be used; see `OnBadRow`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
         ValueError: If `columns` names a field that lists do not have.
     """
     mapped = ColumnMap(LIST_FIELDS, columns, missing)
-    return _rows(path, _response_list, mapped, builtin_file=BUILTIN_FILES["benchmark"])
+    return _rows(path, _response_list, mapped, on_bad_row, builtin_file=BUILTIN_FILES["benchmark"])
 
 
 def stream_ranked_lists(
@@ -259,6 +277,7 @@ def stream_ranked_lists(
     *,
     columns: Mapping[str, Any] | None = None,
     missing: Sequence[str] = ("",),
+    on_bad_row: OnBadRow = "error",
 ) -> Iterator[ResponseList]:
     """Read response lists to train on: as `stream_lists`, of two or more distinct responses.
 
@@ -267,14 +286,15 @@ def stream_ranked_lists(
             them, or `builtin`, the counterfactual pairs, which tie.
         columns: As for `stream_lists`.
         missing: As for `stream_lists`.
+        on_bad_row: As for `stream_lists`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
         ValueError: If `columns` names a field that lists do not have.
     """
 
-    def parse(raw: dict[str, Any]) -> ResponseList:
-        row = _response_list(raw)
+    def parse(raw: dict[str, Any], place: str) -> ResponseList:
+        row = _response_list(raw, place)
         if len(row.responses) < 2:
             raise ValueError("`responses` has one response alone; a list to train on needs two")
         places: dict[str, int] = {}
@@ -287,7 +307,7 @@ def stream_ranked_lists(
         return row
 
     mapped = ColumnMap(LIST_FIELDS, columns, missing)
-    return _rows(path, parse, mapped, builtin_file=BUILTIN_FILES["lists"])
+    return _rows(path, parse, mapped, on_bad_row, builtin_file=BUILTIN_FILES["lists"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +373,7 @@ def stream_scorable(
         for place, raw in read_rows(file):
             row: ScorableRow | ValueError
             try:
-                native = mapped.native(raw) if _is_mapped(file, mapped) else raw
+                native = mapped.native(raw) if is_mapped(file, mapped) else raw
                 row = _scorable(native, number=number)
             except ValueError as error:
                 row = error
@@ -410,43 +430,86 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: At the first line that is not a JSON object, the first CSV row that does not fit
             the header, or for an unreadable file.
     """
+    for place, row in try_rows(file):
+        if isinstance(row, ValueError):
+            raise DataError(f"{place}: {row}")
+        yield place, row
+
+
+def try_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """Yield each row with its place, or what is wrong with it where others can be read still."""
     if file.name.endswith(CSV_SUFFIXES):
         yield from _csv_rows(file)
-        return
-    if file.name.endswith(".parquet"):
-        import datasets
-        import pyarrow
+    elif file.name.endswith(".parquet"):
+        yield from _parquet_rows(file)
+    else:
+        yield from _json_rows(file)
 
-        try:
-            rows = datasets.Dataset.from_parquet(str(file))
-        except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
-            raise DataError(f"{file}: unreadable: {error}") from None
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+    import pyarrow
+
+    number = 0
+    try:
+        rows = datasets.Dataset.from_parquet(str(file))
         for number, row in enumerate(rows, start=1):
             yield f"{file} row {number}", row
-        return
+    except (
+        datasets.exceptions.DatasetGenerationError,
+        pyarrow.ArrowException,
+        UnicodeDecodeError,
+        OSError,
+    ) as error:
+        reason = " ".join(str(error).split())
+        after = f" after row {number}" if number else ""
+        raise DataError(f"{file}: unreadable{after}: {reason}") from None
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
     opener = gzip.open if file.suffix == ".gz" else open
     number = 0
     try:
-        with opener(file, "rt", encoding="utf-8") as lines:
+        # As bytes, so that one line in another encoding does not end the file.
+        with opener(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
+                row: dict[str, Any] | ValueError
                 try:
-                    row = json.loads(line)
-                except RecursionError:
-                    raise DataError(f"{file}:{number}: JSON nested too deeply") from None
-                except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{file}:{number}: malformed JSON at column {error.colno}: {error.msg}"
-                    ) from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{file}:{number}: not a JSON object")
+                    row = _json_row(line)
+                except ValueError as error:
+                    row = error
                 yield f"{file}:{number}", row
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file}: unreadable after line {number}: {error}") from None
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def _json_row(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct_keys)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"unreadable: {error}; save it as UTF-8") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON at column {error.colno}: {error.msg}") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row
+
+
+def _distinct_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object, unless two of its fields have one name: either could be meant."""
+    row = dict(fields)
+    if len(row) < len(fields):
+        names = [name for name, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r:.60} stands twice in one object; drop one of them")
+    return row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, str] | ValueError]]:
     """Yield the rows of a CSV file by column; those that are all empty are left out."""
     csv.field_size_limit(max(csv.field_size_limit(), CELL_CHARACTERS))
     opener = gzip.open if file.suffix == ".gz" else open
@@ -462,9 +525,12 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 if not header:
                     header = _csv_header(cells, place)
                 elif len(cells) != len(header):
-                    raise DataError(
-                        f"{place}: {len(cells)} cells under {len(header)} columns; cells with a "
-                        f"comma, a quote or a line end must stand in quotes"
+                    yield (
+                        place,
+                        ValueError(
+                            f"{len(cells)} cells under {len(header)} columns; cells with a comma, "
+                            f"a quote or a line end must stand in quotes"
+                        ),
                     )
                 else:
                     yield place, {k: v for k, v in zip(header, cells, strict=True) if k}
@@ -489,7 +555,7 @@ def _csv_header(cells: Sequence[str], place: str) -> list[str]:
     return names
 
 
-def _is_mapped(file: Path, mapped: ColumnMap) -> bool:
+def is_mapped(file: Path, mapped: ColumnMap) -> bool:
     """Whether the rows are to be made native; those of the built-in corpus are."""
     if file.parent == Path(__file__).with_name(BUILTIN):
         return False
@@ -497,29 +563,80 @@ def _is_mapped(file: Path, mapped: ColumnMap) -> bool:
 
 
 def _rows(
-    path: Paths, parse: Callable[[dict[str, Any]], RowT], mapped: ColumnMap, *, builtin_file: str
+    path: Paths,
+    parse: Callable[[dict[str, Any], str], RowT],
+    mapped: ColumnMap,
+    on_bad_row: OnBadRow,
+    *,
+    builtin_file: str,
 ) -> Iterator[RowT]:
+    skipped: _Skipped | None = None
+    if on_bad_row == "error":
+        refuse: Callable[[DataError], None] = _raise
+    elif on_bad_row == "skip":
+        refuse = skipped = _Skipped()
+    elif callable(on_bad_row):
+        refuse = on_bad_row
+    else:
+        raise ValueError(f"`on_bad_row` must be error or skip, got {on_bad_row!r}")
     places: dict[bytes, str] = {}
     for file in data_files(path, builtin_file=builtin_file):
         source = next(file.name.removesuffix(end) for end in SUFFIXES if file.name.endswith(end))
-        for place, raw in read_rows(file):
+        for place, raw in try_rows(file):
             try:
-                if _is_mapped(file, mapped):
+                if isinstance(raw, ValueError):
+                    raise raw
+                if is_mapped(file, mapped):
                     raw = {"id": place, "source": source, **mapped.native(raw)}
-                row = parse(raw)
+                row = parse(raw, place)
+                # A digest, since ids may be long and rows many.
+                key = hashlib.blake2b(row.id.encode(), digest_size=16).digest()
+                if key in places:
+                    raise ValueError(f"id {row.id!r:.60} stands at {places[key]} already")
             except ValueError as error:
-                raise DataError(f"{place}: {error}") from None
-            # A digest, since ids may be long and rows many.
-            key = hashlib.blake2b(row.id.encode(), digest_size=16).digest()
-            if key in places:
-                raise DataError(f"{place}: id {row.id!r} stands at {places[key]} already")
+                refuse(DataError(f"{place}: {error}"))
+                continue
+            except RecursionError:
+                refuse(DataError(f"{place}: a field is nested too deeply"))
+                continue
             places[key] = place
             yield row
+    if skipped is not None and skipped.count:
+        skipped.tell(f"{path}", of=skipped.count + len(places))
     if not places:
-        raise DataError(f"{path}: no rows")
+        bad = f" that can be used; {skipped.first[0]}" if skipped and skipped.first else ""
+        raise DataError(f"{path}: no rows{bad}")
 
 
-def _response_list(row: dict[str, Any]) -> ResponseList:
+class _Skipped:
+    """Counts the rows that are left out, and keeps what is wrong with the first ones."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+
+    def __call__(self, error: DataError) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN_ERRORS:
+            self.first.append(str(error))
+
+    def tell(self, path: str, *, of: int) -> None:
+        more = self.count - len(self.first)
+        logger.warning(
+            "%s: left out %d of %d rows that cannot be used: %s%s",
+            path,
+            self.count,
+            of,
+            "; ".join(self.first),
+            f"; and {more} more" if more else "",
+        )
+
+
+def _raise(error: DataError) -> NoReturn:
+    raise error
+
+
+def _response_list(row: dict[str, Any], place: str) -> ResponseList:
     responses = _field(row, "responses", list)
     if not all(isinstance(response, str) for response in responses):
         raise ValueError("`responses` must be a list of strings")
@@ -534,7 +651,7 @@ def _response_list(row: dict[str, Any]) -> ResponseList:
         if not all(type(index) is int for index in correct):
             raise ValueError("`correct` must be a list of whole numbers")
     return ResponseList(
-        **_common(row),
+        **_common(row, place),
         prompt=_messages(row, "prompt"),
         responses=tuple(responses),
         correct=correct,
@@ -579,7 +696,7 @@ def _field(row: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
 def _check_declared(name: str, objectives: ObjectiveSet) -> None:
     if name not in objectives.names:
         raise ValueError(
-            f"objective {name!r} is not declared; add it to `data.objectives` with its scale"
+            f"objective {name!r:.60} is not declared; add it to `data.objectives` with its scale"
         )
 
 
@@ -596,18 +713,19 @@ def _number(value: Any, name: str) -> float:
         raise ValueError(f"{name} is too large") from None
 
 
-def _common(row: Mapping[str, Any]) -> dict[str, Any]:
+def _common(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     split, category = row.get("split"), row.get("category")
     if category is not None and not isinstance(category, str):
         raise ValueError(f"`category` must be text, got {category!r:.60}")
     check_text(category or "", "category")
     if split not in (None, "train", "test"):
-        raise ValueError(f"`split` must be train or test, got {split!r}")
+        raise ValueError(f"`split` must be train or test, got {split!r:.60}")
     return {
         "id": _field(row, "id", str),
         "source": _field(row, "source", str),
         "category": category or "",
         "split": split,
+        "place": place,
     }
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -31,6 +32,9 @@ PROMPTS = "prompts.jsonl"
 RESPONSES = "responses.jsonl"
 OFFSETS = "texts.safetensors"
 DIGEST_BYTES = 16
+SHOWN_PLACES = 5
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -162,6 +166,8 @@ class RowIndexer:
         self._responses = _Texts(folder / RESPONSES)
         self._group_of_prompt = array("q")
         self._prompt_of_response = array("q")
+        self._trains = bytearray()
+        self._benchmark_places: list[str] = []
         self._categories: dict[str, int] = {}
         self._sources: dict[str, int] = {}
         self._ratings = array("d")
@@ -226,7 +232,9 @@ class RowIndexer:
 
     def _add_lists(self, rows: Iterable[ResponseList], *, benchmark: bool) -> None:
         for row in rows:
-            numbers, group = self._add(row)
+            numbers, group = self._add(row, trains=not benchmark)
+            if benchmark:
+                self._benchmark_places.append(row.place or repr(row.id))
             self._numbers["of"].extend([len(self._numbers["list_group"])] * len(numbers))
             self._numbers["listed"].extend(numbers)
             self._ranks.extend(row.ranking)
@@ -249,6 +257,7 @@ class RowIndexer:
         # Of a benchmark, lists on training prompts would be embedded in vain.
         benchmark = n["list_benchmark"] == 1
         list_used = test_of_group[n["list_group"]] | ~benchmark
+        self._warn_of_training_prompts(n["list_group"][benchmark])
         entry_used = list_used[n["of"]]
         prompt_of = _tensor(self._prompt_of_response)
         used = torch.zeros(len(prompt_of), dtype=torch.bool)
@@ -300,9 +309,28 @@ class RowIndexer:
             unused_lists=int((~list_used).sum()),
         )
 
-    def _add(self, row: Row) -> tuple[list[int], int]:
+    def _warn_of_training_prompts(self, groups: Int[Tensor, " lists"]) -> None:
+        """Name the lists of the benchmark, of these groups, whose prompts are trained on."""
+        test = self.splits.test()
+        places = [
+            place
+            for place, group in zip(self._benchmark_places, groups.tolist(), strict=True)
+            if self._trains[group] and not test[group]
+        ]
+        if places:
+            logger.warning(
+                "%d lists of the benchmark ask what training rows ask, and are left out: %s%s",
+                len(places),
+                "; ".join(places[:SHOWN_PLACES]),
+                "; ..." if len(places) > SHOWN_PLACES else "",
+            )
+
+    def _add(self, row: Row, *, trains: bool = True) -> tuple[list[int], int]:
         """Return the number of each response of a row, and of the row's split group."""
         group = self.splits.add(row)
+        if group == len(self._trains):
+            self._trains.append(0)
+        self._trains[group] |= trains
         turns = [[message.role, message.content] for message in row.prompt]
         prompt = self._prompts.add(turns)
         if prompt == len(self._group_of_prompt):

@@ -1,5 +1,6 @@
 """The findings of a report in sentences, made from the numbers of its tables."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -257,12 +258,21 @@ def _style(table: Table) -> str:
     )
 
 
+def _data_findings(table: Table) -> str:
+    """The worst finding on a data set, and how many there are."""
+    counts = Counter(table.column("severity"))
+    total = _join([f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items()])
+    worst = dict(zip(table.columns, table.rows[0], strict=True))
+    return f"{total}; the first {worst['severity']}: {worst['finding']} ({worst['count']:,})."
+
+
 SENTENCES: Mapping[str, Callable[[Table], str]] = {
     "abstention": _abstention,
     "best_of_n": _best_of_n,
     "bias_probes": _probes,
     "calibration": _calibration,
     "correlations": _correlations,
+    "findings": _data_findings,
     "length_bias": _length,
     "rivals": _rivals,
     "style": _style,

@@ -711,7 +711,7 @@ def test_a_corrupted_gzip_file_is_an_error(write):
 def test_text_in_another_encoding_is_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps({**PAIR, "chosen": "Café"}, ensure_ascii=False).encode("latin-1"))
-    with pytest.raises(DataError, match=r"rows\.jsonl: unreadable .*utf-8"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: unreadable: .*; save it as UTF-8"):
         load_pairs(str(path))
 
 

@@ -312,6 +312,23 @@ def test_a_benchmark_on_training_prompts_is_not_embedded_and_lists_to_train_on_a
     assert found.lists_of.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_benchmark_rows_that_ask_what_training_rows_ask_are_named(tmp_path, caplog):
+    listed = [
+        ResponseList(
+            f"l{k}", "s", (Message("user", asked),), ("A.", "B."), split="train", place=f"b:{k}"
+        )
+        for k, asked in enumerate(["WHY?", "Who?", "Why ?", " why?", "When?"], start=1)
+    ]
+    index(tmp_path, [rate("Why?", "A.", honesty=3), rate("Who?", "A.", honesty=3)], (), (), listed)
+    [message] = caplog.messages
+    assert message == (
+        "3 lists of the benchmark ask what training rows ask, and are left out: b:1; b:2; b:4"
+    )
+    caplog.clear()
+    index(tmp_path / "other", [rate("Where?", "A.", honesty=3)], (), (), listed)
+    assert not caplog.messages
+
+
 def test_the_row_of_a_text_is_the_first_that_has_it(tmp_path):
     rated = [rate("Why?", "Yes.", id="first"), rate("Why?", "Yes.", id="second")]
     spool, _ = index(tmp_path, rated)

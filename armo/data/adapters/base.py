@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from armo.data.conversation import (
@@ -111,7 +111,7 @@ class Adapter(Generic[RowT]):
                             dropped[native.reason] += 1
                         else:
                             kept += 1
-                            yield row.place, native
+                            yield row.place, replace(native, place=row.place)
                 except ValueError as error:
                     raise DataError(f"{row.place}: {error}") from None
         finally:  # also where the reader has enough of it
