@@ -77,6 +77,9 @@ def main() -> None:
     command = VERBS[verb]
     if isinstance(command, dict):
         after = sys.argv[2] if len(sys.argv) > 2 else ""
+        if after in ("-h", "--help", "help"):
+            print(f"usage: armo {verb} {'|'.join(command)} [OVERRIDES ...]\n\n{USAGE}")
+            sys.exit(0)
         if after not in command:
             print(f"armo {verb} needs one of {', '.join(command)}, got {after!r}", file=sys.stderr)
             sys.exit(2)

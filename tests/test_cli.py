@@ -600,3 +600,12 @@ def test_explain_refuses_a_run_that_cannot_serve(saved, tmp_path):
 )
 def test_all_that_a_stored_section_would_call_is_seen(section, names):
     assert [*cli._targets(section)] == names
+
+
+def test_the_verbs_of_data_are_listed_by_its_help():
+    status, out, _ = run("data", "--help")
+    assert status == 0
+    assert "check|annotate|pairs" in out
+    status, _, err = run("data", "cheque")
+    assert status == 2
+    assert "check, annotate, pairs" in err
