@@ -89,7 +89,11 @@ class Client:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def post(self, path: str, body: bytes, *, kind: str = "application/json") -> int:
-        """Ask, and return the status; 0 if no answer came."""
+        """Ask, and return the status; 0 if no answer came.
+
+        As HTTP clients do, it asks again where a connection that was kept is closed unanswered.
+        """
+        kept = self._streams is not None
         try:
             if self._streams is None:
                 self._streams = await asyncio.open_connection("127.0.0.1", PORT)
@@ -104,7 +108,7 @@ class Client:
             return int(head.split(b" ", 2)[1])
         except (OSError, asyncio.IncompleteReadError):
             self.close()
-            return 0
+            return await self.post(path, body, kind=kind) if kept else 0
 
     def close(self) -> None:
         """Hang up."""

@@ -27,6 +27,8 @@ from armo.serve.service import ServerSettings, Service, scored
 logger = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# Longer than clients keep a connection that is not in use, so that none asks while it is closed.
+KEEP_ALIVE_S = 75
 # What a row is made of, by objective.
 COLUMNS = (
     "rewards",
@@ -232,5 +234,6 @@ def serve(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -> Non
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.timeout_s) + 1,
     )

@@ -1,5 +1,6 @@
 import json
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -168,6 +169,9 @@ def test_a_server_that_fails_later_fails_the_request_and_not_the_row(whole):
         apart = split(whole, url)
     with serving(apart) as client:
         assert client.post("/score", json={"conversations": ROWS}).status_code == 500
+        deadline = time.monotonic() + 10
+        while client.get("/health").status_code != 503 and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert client.get("/health").status_code == 503
 
 
