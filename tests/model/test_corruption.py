@@ -384,7 +384,7 @@ APART = {
 
 
 @pytest.mark.parametrize("what", APART)
-def test_verify_names_the_first_row_and_field_that_differ(folder, what):
+def test_verify_names_the_first_row_and_field_that_differ(folder, what, no_type_checks):
     damage, message = APART[what]
     damage(folder)
     model = load(folder)
