@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 from armo.data.columns import (
     LIST_FIELDS,
@@ -570,15 +570,7 @@ def _rows(
     *,
     builtin_file: str,
 ) -> Iterator[RowT]:
-    skipped: _Skipped | None = None
-    if on_bad_row == "error":
-        refuse: Callable[[DataError], None] = _raise
-    elif on_bad_row == "skip":
-        refuse = skipped = _Skipped()
-    elif callable(on_bad_row):
-        refuse = on_bad_row
-    else:
-        raise ValueError(f"`on_bad_row` must be error or skip, got {on_bad_row!r}")
+    bad = BadRows(on_bad_row)
     places: dict[bytes, str] = {}
     for file in data_files(path, builtin_file=builtin_file):
         source = next(file.name.removesuffix(end) for end in SUFFIXES if file.name.endswith(end))
@@ -594,33 +586,60 @@ def _rows(
                 if key in places:
                     raise ValueError(f"id {row.id!r:.60} stands at {places[key]} already")
             except ValueError as error:
-                refuse(DataError(f"{place}: {error}"))
+                bad(DataError(f"{place}: {error}"))
                 continue
             except RecursionError:
-                refuse(DataError(f"{place}: a field is nested too deeply"))
+                bad(DataError(f"{place}: a field is nested too deeply"))
                 continue
             places[key] = place
             yield row
-    if skipped is not None and skipped.count:
-        skipped.tell(f"{path}", of=skipped.count + len(places))
-    if not places:
-        bad = f" that can be used; {skipped.first[0]}" if skipped and skipped.first else ""
-        raise DataError(f"{path}: no rows{bad}")
+    bad.tell(path, used=len(places))
 
 
-class _Skipped:
-    """Counts the rows that are left out, and keeps what is wrong with the first ones."""
+class BadRows:
+    """Does with rows that cannot be used what was asked for; see `OnBadRow`.
 
-    def __init__(self) -> None:
+    Attributes:
+        count: How many were left out.
+        first: What is wrong with the first ones.
+    """
+
+    def __init__(self, on_bad_row: OnBadRow) -> None:
+        """Start with no rows.
+
+        Raises:
+            ValueError: If `on_bad_row` is none of the choices.
+        """
+        if on_bad_row not in ("error", "skip") and not callable(on_bad_row):
+            raise ValueError(f"`on_bad_row` must be error or skip, got {on_bad_row!r}")
+        self._choice = on_bad_row
         self.count = 0
         self.first: list[str] = []
 
     def __call__(self, error: DataError) -> None:
+        """Stop at a row, leave it out, or hand on what is wrong with it."""
+        if self._choice == "error":
+            raise error
+        if callable(self._choice):
+            self._choice(error)
+            return
         self.count += 1
         if len(self.first) < SHOWN_ERRORS:
             self.first.append(str(error))
 
-    def tell(self, path: str, *, of: int) -> None:
+    def tell(self, path: Paths, *, used: int) -> None:
+        """Log what was left out at the end of a set.
+
+        Raises:
+            DataError: If no row was used.
+        """
+        if self.count:
+            self._log(path, of=self.count + used)
+        if not used:
+            bad = f" that can be used; {self.first[0]}" if self.first else ""
+            raise DataError(f"{path}: no rows{bad}")
+
+    def _log(self, path: Paths, *, of: int) -> None:
         more = self.count - len(self.first)
         logger.warning(
             "%s: left out %d of %d rows that cannot be used: %s%s",
@@ -630,10 +649,6 @@ class _Skipped:
             "; ".join(self.first),
             f"; and {more} more" if more else "",
         )
-
-
-def _raise(error: DataError) -> NoReturn:
-    raise error
 
 
 def _response_list(row: dict[str, Any], place: str) -> ResponseList:

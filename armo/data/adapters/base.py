@@ -21,7 +21,7 @@ from armo.data.conversation import (
     ResponseList,
 )
 from armo.data.published import PublishedRow, column_names, open_rows, read_messages
-from armo.data.sources import DataError, Paths
+from armo.data.sources import BadRows, DataError, OnBadRow, Paths
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class Adapter(Generic[RowT]):
         revision: str | None = None,
         splits: Sequence[str] | None = None,
         streaming: bool = True,
+        on_bad_row: OnBadRow | BadRows = "error",
     ) -> Iterator[tuple[str, RowT]]:
         """Yield native rows with their places. What is left out is counted and logged at the end.
 
@@ -84,11 +85,15 @@ class Adapter(Generic[RowT]):
             revision: On the hub.
             splits: Other splits than those of the adapter.
             streaming: As of `open_rows`.
+            on_bad_row: What becomes of a row that cannot be used. One that `gather` needs for
+                others stops the reading all the same, and so does a file that cannot be read.
+                `BadRows` are told of by the caller, at the end.
 
         Raises:
             DataError: Naming what is wrong with which row or column.
         """
         path = self.id if path is None else path
+        bad = on_bad_row if isinstance(on_bad_row, BadRows) else BadRows(on_bad_row)
         published = self._checked(
             open_rows(
                 path,
@@ -100,6 +105,7 @@ class Adapter(Generic[RowT]):
                 streaming=streaming,
             ),
             f"{path}" if revision is None else f"{path}, revision {revision}",
+            bad,
         )
         dropped: Counter[str] = Counter()
         kept = 0
@@ -113,15 +119,17 @@ class Adapter(Generic[RowT]):
                             kept += 1
                             yield row.place, replace(native, place=row.place)
                 except ValueError as error:
-                    raise DataError(f"{row.place}: {error}") from None
+                    bad(DataError(f"{row.place}: {error}"))
         finally:  # also where the reader has enough of it
             if dropped:
                 reasons = ", ".join(f"{why} ({count})" for why, count in dropped.most_common())
                 logger.warning("%s: %d rows; left out: %s", path, kept, reasons)
-        if not kept:
-            raise DataError(f"{path}: no rows")
+        if bad is not on_bad_row:
+            bad.tell(path, used=kept)
 
-    def _checked(self, rows: Iterator[PublishedRow], path: str) -> Iterator[PublishedRow]:
+    def _checked(
+        self, rows: Iterator[PublishedRow], path: str, bad: BadRows
+    ) -> Iterator[PublishedRow]:
         for number, row in enumerate(rows):
             absent = [name for name in self.columns if name not in row.fields]
             if absent and not number:
@@ -130,7 +138,8 @@ class Adapter(Generic[RowT]):
                     f"{column_names(row.fields)}"
                 )
             if absent:
-                raise DataError(f"{row.place}: field `{absent[0]}` is missing")
+                bad(DataError(f"{row.place}: field `{absent[0]}` is missing"))
+                continue
             yield row
 
 

@@ -19,7 +19,7 @@ from armo.data.adapters import (
 from armo.data.adapters.base import Adapter, find_adapter
 from armo.data.conversation import PreferencePair
 from armo.data.objectives import ObjectiveSet
-from armo.data.sources import DataError, Paths, check_judges, judging
+from armo.data.sources import DataError, OnBadRow, Paths, check_judges, judging
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ def stream_adapted_pairs(
     min_margin: float = 0.0,
     pairs_per_prompt: int | None = None,
     streaming: bool = True,
+    on_bad_row: OnBadRow = "error",
 ) -> Iterator[PreferencePair]:
     """Read preference pairs of a published set, as they are asked for.
 
@@ -59,6 +60,7 @@ def stream_adapted_pairs(
         pairs_per_prompt: The first so many pairs of a prompt are kept; all, if None.
         streaming: Read from the hub row by row; otherwise `datasets` downloads the set once and
             keeps it.
+        on_bad_row: As of `Adapter.read`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used; or if
@@ -70,7 +72,9 @@ def stream_adapted_pairs(
     adapter = find_adapter(dataset, PAIR_SETS)
     if pairs_per_prompt is not None and pairs_per_prompt < 1:
         raise ValueError(f"`pairs_per_prompt` must be from 1 on, or null, got {pairs_per_prompt}")
-    rows = adapter.read(path, revision=revision, splits=splits, streaming=streaming)
+    rows = adapter.read(
+        path, revision=revision, splits=splits, streaming=streaming, on_bad_row=on_bad_row
+    )
     pairs = _thinned(
         (pair for _, pair in rows),
         adapter.name,

@@ -17,7 +17,7 @@ from armo.data.adapters.armorm import ARMORM
 from armo.data.adapters.base import Adapter, find_adapter
 from armo.data.conversation import RatedResponse
 from armo.data.objectives import Objective, ObjectiveSet
-from armo.data.sources import DataError, Paths
+from armo.data.sources import BadRows, DataError, OnBadRow, Paths
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def stream_adapted_ratings(
     revision: str | None = None,
     splits: Sequence[str] | None = None,
     streaming: bool = True,
+    on_bad_row: OnBadRow = "error",
 ) -> Iterator[RatedResponse]:
     """Read rated responses of a published set, as they are asked for.
 
@@ -69,6 +70,7 @@ def stream_adapted_ratings(
         splits: Those to read; the training split, if None.
         streaming: Read from the hub row by row; otherwise `datasets` downloads the set once and
             keeps it.
+        on_bad_row: As of `Adapter.read`.
 
     Raises:
         DataError: Naming file, row and field, at the first row that cannot be used.
@@ -80,17 +82,20 @@ def stream_adapted_ratings(
             f"{adapter.name} rates {', '.join(adapter.objectives)}, none of which is declared in "
             f"`data.objectives`"
         )
-    rows = adapter.read(path, revision=revision, splits=splits, streaming=streaming)
-    return _declared(rows, adapter, objectives)
+    bad = BadRows(on_bad_row)
+    rows = adapter.read(path, revision=revision, splits=splits, streaming=streaming, on_bad_row=bad)
+    return _declared(rows, adapter, objectives, bad, adapter.id if path is None else path)
 
 
 def _declared(
     rows: Iterable[tuple[str, RatedResponse]],
     adapter: Adapter[RatedResponse],
     objectives: ObjectiveSet,
+    bad: BadRows,
+    path: Paths,
 ) -> Iterator[RatedResponse]:
     by_name = {objective.name: objective for objective in objectives.objectives}
-    others = 0
+    others = used = 0
     for place, row in rows:
         try:
             ratings = {
@@ -99,10 +104,13 @@ def _declared(
                 if name in by_name
             }
         except ValueError as error:
-            raise DataError(f"{place}: {error}") from None
+            bad(DataError(f"{place}: {error}"))
+            continue
+        used += 1
         if ratings:
             yield replace(row, ratings=ratings)
         others += not ratings
+    bad.tell(path, used=used)
     if others:
         logger.info("%s: %d rows rate none of the declared objectives", adapter.name, others)
 

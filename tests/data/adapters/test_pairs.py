@@ -1052,3 +1052,17 @@ def test_what_cannot_be_read_is_one_error_that_names_it(tmp_path):
     path = write(tmp_path / "bad", [SHP, {**SHP, "labels": 3}])
     with pytest.raises(DataError, match=r"train.jsonl:2: field `labels` must be one of 0, 1"):
         [*stream_adapted_pairs("shp", path=path)]
+
+
+def test_bad_pairs_are_skipped_and_counted_where_asked_for(tmp_path, caplog):
+    good = {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: No.",
+    }
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, {**good, "chosen": 5}, good)))
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: "):
+        [*stream_adapted_pairs("hh_rlhf", path=str(path))]
+    pairs = [*stream_adapted_pairs("hh_rlhf", path=str(path), on_bad_row="skip")]
+    assert [pair.chosen for pair in pairs] == ["Hello.", "Hello."]
+    assert "left out 1 of 3 rows that cannot be used" in caplog.text

@@ -657,3 +657,45 @@ def test_summaries_are_rated_on_axes_of_which_some_are_null():
     assert (row.prompt[0].content, row.category) == ("ARTICLE: All of it.\n\nTL;DR:", "news")
     for empty in (None, {"text": "So."}, {"text": "So.", "axes": {"overall": "N/A"}}):
         assert made("summarize_axes", {**SUMMARY, "summary": empty}) == ({}, ["no rating"])
+
+
+BAD = [
+    {**HELPSTEER, "coherence": 9},  # off the scale
+    {**HELPSTEER, "prompt": 5},
+    {name: value for name, value in HELPSTEER.items() if name != "response"},
+]
+
+
+def skip(folder, rows, on_bad_row):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    objectives, _ = declared("helpsteer2")
+    return stream_adapted_ratings(
+        "helpsteer2", objectives=objectives, path=str(path), on_bad_row=on_bad_row
+    )
+
+
+def test_bad_rows_are_skipped_and_counted_where_asked_for(tmp_path, caplog):
+    rows = [HELPSTEER, *BAD, {**HELPSTEER, "response": "Another one."}]
+    kept = [*skip(tmp_path, rows, "skip")]
+    assert [row.id.rpartition("/")[2] for row in kept] == ["1", "5"]  # ids say where they stood
+    assert "left out 3 of 5 rows that cannot be used" in caplog.text
+    assert "rows.jsonl:2: rating 9" in caplog.text
+    assert caplog.text.count("cannot be used") == 1
+
+
+def test_a_function_is_given_what_is_wrong_with_each_bad_row(tmp_path):
+    wrong = []
+    assert len([*skip(tmp_path, [HELPSTEER, *BAD], wrong.append)]) == 1
+    assert [f"rows.jsonl:{2 + k}" in str(error) for k, error in enumerate(wrong)] == [True] * 3
+    assert "field `response` is missing" in str(wrong[2])
+
+
+def test_a_set_of_bad_rows_alone_is_an_error_that_says_what_is_wrong(tmp_path):
+    with pytest.raises(DataError, match=r"no rows that can be used; .*rows\.jsonl:1: rating 9"):
+        [*skip(tmp_path, [{**HELPSTEER, "coherence": 9}], "skip")]
+
+
+def test_what_becomes_of_bad_rows_is_error_or_skip(tmp_path, no_type_checks):
+    with pytest.raises(ValueError, match="`on_bad_row` must be error or skip, got 'drop'"):
+        skip(tmp_path, [HELPSTEER], "drop")
