@@ -570,6 +570,7 @@ def serve(cfg: DictConfig) -> None:
             f"`armo serve` needs {', '.join(missing)}; `pip install 'armo[serve]'`"
         )
     from armo.model.reward_model import ArmoRewardModel
+    from armo.report.suite import model_names
     from armo.serve.client import PoolingClient, load_split
     from armo.serve.server import serve as serve_model
     from armo.serve.service import ServerSettings
@@ -590,7 +591,7 @@ def serve(cfg: DictConfig) -> None:
         model = ArmoRewardModel.from_pretrained(
             cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
         )
-    name = cfg.name or Path(str(cfg.model)).expanduser().resolve().name
+    name = cfg.name or model_names([str(cfg.model)])[0]
     make_console().print(f"serving {name} on http://{cfg.host}:{cfg.port}; its page is /docs")
     serve_model(model, name=name, settings=settings)
 
