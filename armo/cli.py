@@ -48,8 +48,7 @@ usage: armo VERB [OVERRIDES ...]
   import   make a model folder of a published ArmoRM or QRM checkpoint
   export   write a model in a format that other programs read
   serve    score over HTTP, for other programs
-  data     check: what is in a data set, and what is wrong with it; annotate: what a model says of
-           each row; pairs: preferences out of ratings
+  data     check a data set, annotate it with a model, or make pairs of its ratings
 
 `armo VERB --help` lists a verb's settings. A setting is changed by `name=value`, as in
 `armo train experiment=demo fit.gating.hidden_dim=32`; Hydra reads the command line.

@@ -19,7 +19,7 @@ def row(id, prompt, *responses, category=""):
 ROWS = [
     row("a", "How do I boil an egg?", "Seven **minutes**.", "No idea!", category="how/eggs"),
     row("b", "Is the fox quick?", "Yes.", "No.", "- It\n- is", category="facts"),
-    row("c", "How do I boil an egg?", "No idea!", "Ask a cook.", category="how/else"),
+    row("c", "How do I fry an egg?", "No idea!", "Ask a cook.", category="how/else"),
 ]
 
 

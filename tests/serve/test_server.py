@@ -476,11 +476,11 @@ def _numbers(value):
 def test_armo_serve_stops_gracefully_and_finishes_what_it_took(causal_folder, tmp_path):
     """The command itself: a request that runs when the process is told to stop is answered."""
     spec = BackboneSpec(str(causal_folder), pooling="last", max_tokens=128, max_prompt_tokens=64)
-    make_model(load_backbone(spec, device="cpu")).save_pretrained(tmp_path / "model")
+    make_model(load_backbone(spec, device="cpu")).save_pretrained(tmp_path / "ours" / "model")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "armo.cli", "serve", "model=model", f"port={port}"]
+    command = [sys.executable, "-m", "armo.cli", "serve", "model=ours/model", f"port={port}"]
     env = {**os.environ, "ARMO_API_KEY": "k"}
     url, headers = f"http://127.0.0.1:{port}", {"authorization": "Bearer k"}
     with subprocess.Popen(
@@ -516,7 +516,7 @@ def test_armo_serve_stops_gracefully_and_finishes_what_it_took(causal_folder, tm
             process.kill()
     assert replies[0].status_code == 200
     assert len(replies[0].json()["rows"]) == 300
-    assert "serving model on" in printed
+    assert "serving ours on" in printed
     assert "Traceback" not in printed
     assert process.returncode in (0, -signal.SIGTERM)
 
