@@ -96,7 +96,7 @@ def local_files(path: Paths) -> list[Path]:
     for entry in [path] if isinstance(path, str) else path:
         location = Path(entry).expanduser()
         if location.is_dir():
-            endings = (*FILES, ".arrow")
+            endings = FILES
             files += sorted(file for file in location.rglob("*") if file.name.endswith(endings))
         elif not _is_on_hub(entry):
             files += _files_of(entry)

@@ -40,7 +40,8 @@ BUILTIN_FILES = {
     "benchmark": "counterfactuals.jsonl.gz",
 }
 CSV_SUFFIXES = (".csv", ".csv.gz")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", *CSV_SUFFIXES)
+ARROW = ".arrow"  # what `datasets` writes with `save_to_disk`
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ARROW, *CSV_SUFFIXES)
 
 # The csv module's own limit on a cell, 131,072 characters, is less than a long conversation.
 CELL_CHARACTERS = 2**24
@@ -440,19 +441,20 @@ def try_rows(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
     """Yield each row with its place, or what is wrong with it where others can be read still."""
     if file.name.endswith(CSV_SUFFIXES):
         yield from _csv_rows(file)
-    elif file.name.endswith(".parquet"):
-        yield from _parquet_rows(file)
+    elif file.name.endswith((".parquet", ARROW)):
+        yield from _table_rows(file)
     else:
         yield from _json_rows(file)
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _table_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
     import pyarrow
 
     number = 0
     try:
-        rows = datasets.Dataset.from_parquet(str(file))
+        read = datasets.Dataset.from_file if file.suffix == ARROW else datasets.Dataset.from_parquet
+        rows = read(str(file))
         for number, row in enumerate(rows, start=1):
             yield f"{file} row {number}", row
     except (

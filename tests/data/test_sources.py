@@ -783,3 +783,21 @@ def test_an_id_that_no_output_file_could_hold_is_refused_before_scoring(write):
     path = write("rows.jsonl", [PAIR, {**PAIR, "id": "half \ud800 of a pair"}])
     with pytest.raises(DataError, match=re.escape(f"{path}:2: `id` is no valid Unicode text")):
         load_scorable(path)
+
+
+def test_a_folder_that_datasets_saved_is_read_in_its_order(tmp_path):
+    import datasets
+
+    rows = [{**RATING, "id": f"r{k}"} for k in range(7)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved", num_shards=3)
+    loaded = ratings_of(str(tmp_path / "saved"))
+    assert [row.id for row in loaded] == [f"r{k}" for k in range(7)]
+    assert loaded[0].ratings == ratings_of(str(tmp_path / "saved"))[6].ratings
+    (tmp_path / "saved" / "data-00000-of-00003.arrow").write_bytes(b"nothing of the kind")
+    with pytest.raises(DataError, match=r"data-00000-of-00003\.arrow: unreadable: "):
+        ratings_of(str(tmp_path / "saved"))
+    mapped = [{"question": "Hi?", "reply": "Hello.", "stars": 4}]
+    datasets.Dataset.from_list(mapped).save_to_disk(tmp_path / "mapped")
+    columns = {"prompt": "question", "response": "reply", "ratings": {"honesty": "stars"}}
+    (row,) = load_ratings(str(tmp_path / "mapped"), objectives=OBJECTIVES, columns=columns)
+    assert (row.conversation.response, row.ratings) == ("Hello.", {"honesty": 4.0})
