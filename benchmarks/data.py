@@ -23,9 +23,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from figures import Figure, save
 
 from armo.data.check_near import minhash
 from armo.data.check_rows import RowReader
@@ -50,19 +51,6 @@ OBJECTIVES = ObjectiveSet(
         Objective("verbosity", 0, 4, bias=True),
     )
 )
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table; with a goal, also one of the JSON file."""
-
-    name: str
-    value: float
-    unit: str
-    baseline: float | None = None
-    baseline_unit: str = ""
-    goal: float | None = None
-    note: str = ""
 
 
 # --- the rows -----------------------------------------------------------------------------------
@@ -236,21 +224,6 @@ def show(figures: Sequence[Figure]) -> None:
         goal = "" if figure.goal is None else f"< {figure.goal:g}"
         base = "" if figure.baseline is None else f"{figure.baseline:.3g} {figure.baseline_unit}"
         print(f"{figure.name:36} {value:>14} {goal:>8} {base:>22}  {figure.note}".rstrip())
-
-
-def save(figures: Sequence[Figure], path: Path) -> None:
-    """Write the named figures as JSON."""
-    named = {
-        figure.name: {
-            "value": figure.value,
-            "unit": figure.unit,
-            "baseline": figure.baseline,
-            "goal": figure.goal,
-        }
-        for figure in figures
-        if figure.goal is not None
-    }
-    path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

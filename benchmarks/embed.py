@@ -9,7 +9,6 @@ over turns. A turn has its own prompts, spread evenly over the data, with all ro
 
 import argparse
 import importlib.resources
-import json
 import logging
 import os
 import statistics
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 import yaml
+from figures import Figure, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaModel
 from transformers import PreTrainedTokenizerFast as FastTokenizer
@@ -66,29 +66,6 @@ FULL = Work(turns=5, minilm_prompts=120, llama_prompts=24, best_of_turns=5)
 QUICK = Work(turns=2, minilm_prompts=8, llama_prompts=3, best_of_turns=1, pairs=500, matmul_s=0.1)
 # For the test: everything runs, nothing is measured.
 TINY = Work(1, 3, 3, 1, pairs=18, llama_layers=2, llama_width=64, vocabulary=600, matmul_s=0.01)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table; with a name, also one of the JSON file.
-
-    Attributes:
-        name: Its name, or for a line that only explains, what it says.
-        value: Median over turns; None where it could not be measured.
-        unit: Of the value and the goal.
-        baseline: What the baseline measured, in `baseline_unit`.
-        baseline_unit: Unit of the baseline.
-        goal: What the value is to reach; None for a line that only explains.
-        note: What it was compared with.
-    """
-
-    name: str
-    value: float | None
-    unit: str
-    baseline: float | None = None
-    baseline_unit: str = ""
-    goal: float | None = None
-    note: str = ""
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -832,21 +809,6 @@ def show(figures: Sequence[Figure]) -> None:
         goal = "" if figure.goal is None else f"{sign} {figure.goal:g}"
         base = "" if figure.baseline is None else f"{figure.baseline:,.6g} {figure.baseline_unit}"
         print(f"{figure.name:42} {value:>14} {goal:>8} {base:>24}  {figure.note}".rstrip())
-
-
-def save(figures: Sequence[Figure], path: Path) -> None:
-    """Write the named figures as JSON."""
-    named = {
-        figure.name: {
-            "value": figure.value,
-            "unit": figure.unit,
-            "baseline": figure.baseline,
-            "goal": figure.goal,
-        }
-        for figure in figures
-        if figure.goal is not None and figure.value is not None
-    }
-    path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

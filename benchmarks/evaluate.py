@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from figures import Figure, save
 from torch import Tensor
 
 from armo.data.benchmarks import load_builtin_test
@@ -72,17 +73,6 @@ TINY = Work(
     pairs=8,
     settings=("probes=0", *FEW),
 )
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured number."""
-
-    name: str
-    value: float
-    unit: str
-    baseline: float | None
-    goal: float | None
 
 
 def draw_differences(work: Work) -> Tensor:
@@ -151,9 +141,9 @@ def figures_of(work: Work) -> list[Figure]:
     took = [{name: timed(run) for name, run in runs.items()} for _ in range(work.turns)]
     median = {name: statistics.median(turn[name] for turn in took) for name in runs}
     return [
-        Figure("bootstrap_ten_models_s", median["ours"], "s", median["loop"], 5.0),
-        Figure("bootstrap_lines_s", median["lines"], "s", None, None),
-        Figure("abstention_ten_models_s", median["abstention"], "s", None, None),
+        Figure("bootstrap_ten_models_s", median["ours"], "s", median["loop"], goal=5.0),
+        Figure("bootstrap_lines_s", median["lines"], "s"),
+        Figure("abstention_ten_models_s", median["abstention"], "s"),
     ]
 
 
@@ -186,7 +176,7 @@ def overhead_figure(work: Work) -> Figure:
             raise SystemExit("The second evaluation embedded again what was there.")
     # On a busy machine a tiny set may take no longer to embed than the rest of it varies.
     embedding = max(first - again, 1e-3)
-    return Figure("evaluate_overhead_share", again / embedding, "of embedding", embedding, 0.1)
+    return Figure("evaluate_overhead_share", again / embedding, "of embedding", embedding, goal=0.1)
 
 
 def main() -> None:
@@ -204,11 +194,7 @@ def main() -> None:
         beside = "" if figure.baseline is None else f"beside {figure.baseline:.3f} s"
         print(f"{figure.name:<26}{figure.value:9.3f} {figure.unit:<14}{goal:<18}{beside}")
     if options.json:
-        rows = {
-            f.name: {"value": f.value, "unit": f.unit, "baseline": f.baseline, "goal": f.goal}
-            for f in figures
-        }
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        save(figures, options.json)
 
 
 if __name__ == "__main__":

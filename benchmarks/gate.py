@@ -16,7 +16,6 @@ lines of the table tell what that would change.
 """
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -33,6 +32,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from figures import Figure, save
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,29 +68,6 @@ FULL = Work(1, 50_000, 1024, 1024, 2_000, 1_024, 50)
 QUICK = Work(3, 10_000, 256, 256, 250, 512, 10)
 # For the test: everything runs, nothing is measured.
 TINY = Work(1, 500, 16, 16, 4, 32, 2, max_epochs=2)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table; with a goal, also one of the JSON file.
-
-    Attributes:
-        name: Its name, or for a line that only explains, what it says.
-        value: Median over turns; infinite for what never came.
-        unit: Of the value and the goal.
-        baseline: What the baseline measured, in `baseline_unit`.
-        baseline_unit: Unit of the baseline.
-        goal: What the value is to reach; None for a line that only explains.
-        note: What it was compared with.
-    """
-
-    name: str
-    value: float
-    unit: str
-    baseline: float | None = None
-    baseline_unit: str = ""
-    goal: float | None = None
-    note: str = ""
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -426,21 +403,6 @@ def show(figures: Sequence[Figure]) -> None:
         base = "" if figure.baseline is None else told(figure.baseline, figure.baseline_unit)
         value = told(figure.value, figure.unit)
         print(f"{figure.name:40} {value:>10} {goal:>8} {base:>10}  {figure.note}".rstrip())
-
-
-def save(figures: Sequence[Figure], path: Path) -> None:
-    """Write the named figures as JSON."""
-    named = {
-        figure.name: {
-            "value": figure.value,
-            "unit": figure.unit,
-            "baseline": figure.baseline,
-            "goal": figure.goal,
-        }
-        for figure in figures
-        if figure.goal is not None
-    }
-    path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

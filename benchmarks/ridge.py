@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import Figure, save
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -68,29 +69,6 @@ FULL = Work(
 QUICK = Work(1, 5_000, 512, (2_500, 10_000), (256, 1024), 50_000, 512)
 # For the test: everything runs, nothing is measured.
 TINY = Work(1, 400, 16, (400,), (8,), 500, 16, shard_rows=64)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table; with a goal, also one of the JSON file.
-
-    Attributes:
-        name: Its name, or for a line that only explains, what it says.
-        value: Median over turns.
-        unit: Of the value and the goal.
-        baseline: What the baseline measured, in `baseline_unit`.
-        baseline_unit: Unit of the baseline.
-        goal: What the value is to reach; None for a line that only explains.
-        note: What it was compared with.
-    """
-
-    name: str
-    value: float
-    unit: str
-    baseline: float | None = None
-    baseline_unit: str = ""
-    goal: float | None = None
-    note: str = ""
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -400,21 +378,6 @@ def show(figures: Sequence[Figure]) -> None:
         goal = "" if figure.goal is None else f"{sign} {figure.goal:g}"
         base = "" if figure.baseline is None else f"{figure.baseline:.3g} {figure.baseline_unit}"
         print(f"{figure.name:36} {value:>14} {goal:>8} {base:>18}  {figure.note}".rstrip())
-
-
-def save(figures: Sequence[Figure], path: Path) -> None:
-    """Write the named figures as JSON."""
-    named = {
-        figure.name: {
-            "value": figure.value,
-            "unit": figure.unit,
-            "baseline": figure.baseline,
-            "goal": figure.goal,
-        }
-        for figure in figures
-        if figure.goal is not None
-    }
-    path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -11,17 +11,16 @@ the top level of Transformers, in fresh processes.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from figures import Figure, save
 
 from armo.data.objectives import Objective, ObjectiveSet
 from armo.data.surface import SURFACE_FEATURES, surface_features
@@ -44,17 +43,6 @@ SPEC = BackboneSpec(
     max_prompt_tokens=128,
     dtype="float32",
 )
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured number."""
-
-    name: str
-    value: float
-    unit: str
-    baseline: float | None
-    goal: float | None
 
 
 def build(backbone: Backbone) -> ArmoRewardModel:
@@ -127,8 +115,8 @@ def head_figures(model: ArmoRewardModel, turns: int) -> list[Figure]:
     share = statistics.median(h / backbone for backbone, h, _ in measured)
     measuring = statistics.median(s / backbone for backbone, _, s in measured)
     return [
-        Figure("head_overhead_share", share, "of the backbone's time", took, 0.02),
-        Figure("surface_share", measuring, "of the backbone's time", took, None),
+        Figure("head_overhead_share", share, "of the backbone's time", took, goal=0.02),
+        Figure("surface_share", measuring, "of the backbone's time", took),
     ]
 
 
@@ -141,7 +129,7 @@ def load_figure(folder: Path, turns: int) -> Figure:
         alone.append(backbone)
         more.append(whole - backbone)
     value = statistics.median(more[1:])
-    return Figure("load_overhead_s", max(0.0, value), "s", statistics.median(alone[1:]), 0.3)
+    return Figure("load_overhead_s", max(0.0, value), "s", statistics.median(alone[1:]), goal=0.3)
 
 
 def import_figure(turns: int) -> Figure:
@@ -155,7 +143,7 @@ def import_figure(turns: int) -> Figure:
         for _ in range(turns + 1)
     ][1:]
     base, more = (statistics.median(column) for column in zip(*both, strict=True))
-    return Figure("import_overhead_s", more, "s", base, 0.2)
+    return Figure("import_overhead_s", more, "s", base, goal=0.2)
 
 
 def main() -> None:
@@ -179,11 +167,7 @@ def main() -> None:
             f"beside {figure.baseline:.2f} s"
         )
     if options.json:
-        rows = {
-            f.name: {"value": f.value, "unit": f.unit, "baseline": f.baseline, "goal": f.goal}
-            for f in figures
-        }
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        save(figures, options.json)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ from typing import Any
 
 import psutil
 import torch
-from score import SPEC, Figure, build
+from figures import Figure, save
+from score import SPEC, build
 
 from armo.data.objectives import ObjectiveSet
 from armo.data.sources import load_ratings
@@ -320,11 +321,11 @@ def measure(model: ArmoRewardModel, folder: Path, size: Size) -> list[Figure]:
         growth = asyncio.run(soak(bodies, server, size.soak_s))
     median = statistics.median(offline)
     return [
-        Figure("server_vs_offline_throughput", ratio, "of offline rows/s", median, 0.85),
-        Figure("overload_lost", float(lost), "requests", float(over.statuses.total()), 0.0),
-        Figure("overload_p99_ratio", p99 / bound_s, "of bound / throughput", bound_s, 1.5),
-        Figure("soak_memory_growth_mb", growth, "MB", size.soak_s, 16.0),
-        Figure("malformed_5xx", float(failed), "requests", float(wrong.total()), 0.0),
+        Figure("server_vs_offline_throughput", ratio, "of offline rows/s", median, goal=0.85),
+        Figure("overload_lost", float(lost), "requests", float(over.statuses.total()), goal=0.0),
+        Figure("overload_p99_ratio", p99 / bound_s, "of bound / throughput", bound_s, goal=1.5),
+        Figure("soak_memory_growth_mb", growth, "MB", size.soak_s, goal=16.0),
+        Figure("malformed_5xx", float(failed), "requests", float(wrong.total()), goal=0.0),
     ]
 
 
@@ -350,11 +351,7 @@ def main() -> None:
             f"beside {figure.baseline:.2f}"
         )
     if options.json:
-        rows = {
-            f.name: {"value": f.value, "unit": f.unit, "baseline": f.baseline, "goal": f.goal}
-            for f in figures
-        }
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        save(figures, options.json)
 
 
 if __name__ == "__main__":

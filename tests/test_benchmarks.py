@@ -49,7 +49,9 @@ EMBED_GPU = {"llama8b_tokens_per_s", "llama8b_gemm_share", "llama8b_vs_one_at_a_
 
 
 def load(name):
-    """A benchmark as a module; it is a program, and in no package."""
+    """A benchmark as a module; it is a program, and in no package, beside what it imports."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

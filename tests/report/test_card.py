@@ -73,7 +73,7 @@ def test_a_folder_without_a_card_or_metadata_gets_them_and_no_warning(tmp_path, 
     card = filled(tmp_path, TABLE, accuracies=[("JudgeBench, GPT-4o", 0.5)])
     assert "| ours | 0.750 |" in card
     data = ModelCard(card).data
-    assert data.library_name == "armo"
+    assert data.to_dict()["library_name"] == "armo"
     assert [each.dataset_type for each in data.eval_results] == ["judgebench-gpt-4o"]
     assert not caplog.text
 
