@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-# oneDNN keeps compiled code for each shape it has met, up to 1,024 of them. Batches come in as many
-# shapes, and memory grew by some 100 MB with every thousand texts at first, while one batch needs a
-# handful. Read on first use.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+# oneDNN keeps compiled code for each shape it has met, and torch what it asked oneDNN for, 250 kB
+# each: up to 1,024 of either, where one batch needs a handful. Batches come in as many sizes, and
+# memory grew by 100 MB and more. Read on first use.
+for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(cache, "32")
 
 # A weight that is laid out anew is there twice: of a large model, only the first layers are.
 PACKED_BYTES = 2**30

@@ -1,9 +1,7 @@
 """One thread that owns the model, and scores what many callers ask for in common passes."""
 
-import ctypes
 import logging
 import math
-import sys
 import threading
 import time
 from collections import deque
@@ -28,9 +26,6 @@ logger = logging.getLogger(__name__)
 # a pass, after which its rows are answered, takes seconds at most.
 PASS_BATCHES = 4
 LONGEST_WAIT_S = 60
-# Batches come in as many sizes, and what they free, glibc keeps in pieces: some 100 MB a minute at
-# first. Giving it back takes milliseconds.
-TRIM_S = 1.0
 
 
 class QueueFullError(Exception):
@@ -248,14 +243,10 @@ class ScoringEngine:
         self._counts = replace(counts, **{k: getattr(counts, k) + n for k, n in more.items()})
 
     def _work(self) -> None:
-        trimmed = time.perf_counter()
         while parts := self._take():
             started = time.perf_counter()
             rows = [(part.request, number) for part in parts for number in part.numbers]
             failed = self._run(rows)
-            if time.perf_counter() - trimmed > TRIM_S:
-                _trim_memory()
-                trimmed = time.perf_counter()
             rate = sum(part.cost for part in parts) / max(time.perf_counter() - started, 1e-6)
             with self._changed:
                 self._broken = failed
@@ -371,12 +362,6 @@ class ScoringEngine:
             request.left -= 1
             if request.left == 0 and request.future.set_running_or_notify_cancel():
                 request.future.set_result([a for a in request.answers if a is not None])
-
-
-def _trim_memory() -> None:
-    """Give memory that is not used back to the system, where the C library can."""
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
 
 
 def gather(scores: Sequence[RowScore]) -> RewardOutput:
