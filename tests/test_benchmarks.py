@@ -608,7 +608,7 @@ def test_best_of_n_compares_scores_and_says_where_the_gold_stops_rising(finished
     assert list(figures) == ["best_of_n", "contrasts", "rises"]
     gold = {(row["model"], row["n"]): row["gold"] for row in figures["best_of_n"]}
     sizes = (1, 2, 4, 8, 16)
-    rivals = ("random", "gold itself", "length only")
+    rivals = ("random", "gold itself", "longer")
     program = load("best_of_n")
     assert set(gold) == {(name, n) for name in (*program.SCORES, *rivals) for n in sizes}
     for label, one, other in program.CONTRASTS:

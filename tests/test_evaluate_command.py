@@ -48,7 +48,7 @@ def evaluate(folders, *more):
 def test_two_models_side_by_side(folders, pairs, tmp_path):
     status, out, err = evaluate(folders, "data/benchmark=pairs", f"data.benchmark.path={pairs}")
     assert status == 0, err
-    for name in ("seed0", "seed1", "length only", "facts", "saved out/report.html"):
+    for name in ("seed0", "seed1", "longer", "facts", "saved out/report.html"):
         assert name in out
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert {row["model"] for row in report["pairs_models"]} >= {"seed0", "seed1", "random"}

@@ -17,10 +17,10 @@ def baseline_scores(
 
     - `random`: uniform, in several draws. The mean of their credits is what chance gives, under
       rules too (best of four, ties) where that is not one half.
-    - `length only`: the longer response wins.
+    - `longer`: the longer response wins.
     - `shorter`: the shorter one does. Of pairs it is the mirror image of the former, of longer
       lists it is not; some test sets prefer short answers, and refusals are short.
-    - `format only`: the response with more marks (`MARKS`) wins.
+    - `more marks`: the response with more marks (`MARKS`) wins.
 
     Args:
         surface: Surface features of the responses, columns as in `SURFACE_FEATURES`.
@@ -34,7 +34,7 @@ def baseline_scores(
     marks = surface[:, [SURFACE_FEATURES.index(name) for name in MARKS]].double().sum(1)
     return {
         "random": torch.rand(RANDOM_DRAWS, len(surface), generator=generator, dtype=torch.float64),
-        "length only": length[None],
+        "longer": length[None],
         "shorter": -length[None],
-        "format only": marks[None],
+        "more marks": marks[None],
     }

@@ -23,7 +23,7 @@ from armo.report.tables import Table
 MOST = 64
 """Largest N that is shown, where the lists are long enough."""
 
-RIVALS = ("random", "gold itself", "length only")
+RIVALS = ("random", "gold itself", "longer")
 
 
 @dataclass(frozen=True, eq=False, slots=True)

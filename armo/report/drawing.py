@@ -35,7 +35,7 @@ HATCHES = ("", "///", "\\\\\\", "xxx", "--", "||", "++")
 MINUS = "\N{MINUS SIGN}"
 BEFORE, AFTER, GREY, INK = "#b0b7c3", "#0072b2", "#6b7280", "#222222"
 
-BASELINES = ("random", "length only", "shorter", "format only", "gold itself")
+BASELINES = ("random", "longer", "shorter", "more marks", "gold itself")
 """Null baselines and bounds that stand beside models in a table: drawn in grey."""
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches: a picture fits a printed page

@@ -78,8 +78,8 @@ def standings(
             lines,
             " ".join(
                 [
-                    "Random: the mean of several random scores. Length only: the longer response "
-                    "wins; shorter: the shorter one; format only: the one with more marks; ties "
+                    "Random: the mean of several random scores. Longer: the longer response "
+                    "wins; shorter: the shorter one; more marks: the one with more of them; ties "
                     "count as the benchmark has it. Cases: what its rule counts, mostly the "
                     f"responses to a prompt; there are {prompts} prompts.",
                     *(f"{note[0].upper()}{note[1:]}." for note in credits.notes),

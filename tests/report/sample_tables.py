@@ -29,7 +29,7 @@ OBJECTIVES = (
     "language as asked",
 )
 KINDS = ("advice", "code", "facts", "mathematics", "safety", "writing, long instructions")
-NULLS = ("random", "length only", "shorter", "format only")
+NULLS = ("random", "longer", "shorter", "more marks")
 
 
 def spread(mean, width=0.02):
@@ -134,14 +134,14 @@ def evaluation_tables(models, *, objectives=OBJECTIVES[:6], kinds=KINDS, seed=0)
         rows[-1] += spread(0.02 + 0.04 * k, 0.03)
     tables.append(Table("length_bias", "How scores follow length", columns, tuple(rows)))
     rows = []
-    for k, name in enumerate((*everyone[: len(models)], "random", "gold itself", "length only")):
-        slope = {"random": 0.0, "gold itself": 0.16, "length only": 0.015}.get(
+    for k, name in enumerate((*everyone[: len(models)], "random", "gold itself", "longer")):
+        slope = {"random": 0.0, "gold itself": 0.16, "longer": 0.015}.get(
             name, 0.1 - 0.008 * k
         )
         for power in range(7):
-            drop = 0.006 * max(0, power - 4) ** 2 * (name == "length only")
+            drop = 0.006 * max(0, power - 4) ** 2 * (name == "longer")
             gold = spread(0.42 + slope * power**0.8 - drop)
-            longer = 1.0 + (0.25 if name == "length only" else 0.03) * power
+            longer = 1.0 + (0.25 if name == "longer" else 0.03) * power
             rows.append((name, 2**power, 0.3 * power, *gold, 180.0 * longer, 0.2))
     columns = ("model", "n", "score", "gold", "low", "high", "length", "format")
     tables.append(Table("best_of_n", "Best of N", columns, tuple(rows), "Exact over draws."))

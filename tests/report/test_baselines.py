@@ -18,12 +18,12 @@ TEXTS = [
 
 def test_baselines_score_length_and_marks_and_nothing_else():
     scores = baseline_scores(surface_features(TEXTS))
-    assert list(scores) == ["random", "length only", "shorter", "format only"]
+    assert list(scores) == ["random", "longer", "shorter", "more marks"]
     words = [1, 14, 4, 6]
-    assert scores["length only"][0].tolist() == pytest.approx([math.log1p(n) for n in words])
-    assert scores["shorter"].tolist() == (-scores["length only"]).tolist()
+    assert scores["longer"][0].tolist() == pytest.approx([math.log1p(n) for n in words])
+    assert scores["shorter"].tolist() == (-scores["longer"]).tolist()
     # Two items, bold, code, italic and a heading; questions and exclamations are no marks.
-    assert scores["format only"].tolist() == [[0.0, 0.0, 6.0, 0.0]]
+    assert scores["more marks"].tolist() == [[0.0, 0.0, 6.0, 0.0]]
 
 
 @given(st.integers(0, 99))

@@ -215,7 +215,7 @@ def test_the_table_shows_models_then_rivals_with_intervals_over_prompts():
     assert [rows_of["random", n]["gold"] for n in (1, 2, 4)] == pytest.approx([float(means)] * 3)
     assert rows_of["random", 4]["score"] is None
     assert rows_of["gold itself", 4]["gold"] == max(row["gold"] for row in rows_of.values())
-    assert rows_of["length only", 4]["length"] == max(row["length"] for row in rows_of.values())
+    assert rows_of["longer", 4]["length"] == max(row["length"] for row in rows_of.values())
     assert "4 prompts" in table.note
     assert "Left out" not in table.note
 

@@ -40,10 +40,10 @@ def test_the_first_model_s_lead_is_that_over_the_second_best():
 
 
 def test_models_that_do_not_beat_a_null_baseline_are_named():
-    length = ("length only", 0.78, 0.7, 0.8, -0.02, -0.05, 0.02, 0.3)
+    length = ("longer", 0.78, 0.7, 0.8, -0.02, -0.05, 0.02, 0.3)
     second = ("b", 0.85, 0.79, 0.92, 0.05, 0.01, 0.15, 0.01)
     text = standings(FIRST, second, RANDOM, length)
-    assert text.endswith("length only, gets 0.780; a is not clearly better than that.")
+    assert text.endswith("longer, gets 0.780; a is not clearly better than that.")
     worse = ("b", 0.7, 0.6, 0.8, -0.1, -0.15, -0.01, 0.01)
     assert standings(FIRST, worse, length).endswith("a and b are not clearly better than that.")
 
@@ -53,7 +53,7 @@ def test_one_model_is_not_called_the_best():
 
 
 def test_who_loses_least_from_easy_to_hard_is_said():
-    columns = ("subset", "cases", "a", "b", "length only")
+    columns = ("subset", "cases", "a", "b", "longer")
     rows = (("easy", 9, 0.9, 0.8, 0.6), ("hard", 9, 0.5, 0.6, 0.6))
     assert say(Table("rm_bench", "RM-Bench: scores", columns, rows)) == [
         "RM-Bench: b loses least to style, from 0.800 on easy to 0.600 on hard pairs."

@@ -98,7 +98,7 @@ def test_without_colour_models_differ_in_marker_and_neighbours_in_line_and_hatch
 
 
 def test_a_model_looks_the_same_whatever_stands_beside_it_and_baselines_are_grey_and_hollow():
-    looks = Looks(["random", *NAMES[:3], "length only", *NAMES])
+    looks = Looks(["random", *NAMES[:3], "longer", *NAMES])
     assert looks.models == tuple(NAMES)
     for name in NAMES:
         assert looks[name] == Looks(NAMES)[name]

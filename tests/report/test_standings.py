@@ -13,7 +13,7 @@ from armo.report.metrics import bootstrap_estimates
 from armo.report.standings import standings
 
 ONE = torch.ones(1, 1, dtype=torch.float64)
-NULL = ("random", "length only", "shorter", "format only")
+NULL = ("random", "longer", "shorter", "more marks")
 # By category, the right response and the wrong one; of the last, both have as many words and marks.
 PAIRS = (
     [("chat/easy", "**Yes**, it does and it should.", "No.")] * 12
@@ -75,9 +75,9 @@ def test_baselines_stand_beside_the_models_with_what_length_and_marks_alone_get(
     table, models = tables_of(drawn_credits(0, models=1))
     rows = {row[0].strip(): dict(zip(table.columns, row, strict=True)) for row in table.rows}
     for baseline, (overall, easy, hard, tied) in {
-        "length only": (17 / 30, 1.0, 0.0, 0.5),
+        "longer": (17 / 30, 1.0, 0.0, 0.5),
         "shorter": (13 / 30, 0.0, 1.0, 0.5),
-        "format only": (17 / 30, 1.0, 0.0, 0.5),
+        "more marks": (17 / 30, 1.0, 0.0, 0.5),
     }.items():
         found = [rows[name][baseline] for name in ("overall", "chat/easy", "chat/hard", "math")]
         assert found == pytest.approx([overall, easy, hard, tied])
