@@ -1,10 +1,8 @@
 """The embedding pass: every distinct prompt and response once, and tables that point to them."""
 
-import ctypes
 import logging
 import multiprocessing
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -58,7 +56,6 @@ TEXTS = "texts"
 ROWS_FORMAT = 2
 LOG_EVERY_S = 60.0
 LOOK_EVERY_S = 1.0
-RETURN_EVERY_S = 2.0
 
 # Processes wait for the slowest shard, and for the first one to digest the weights of the model.
 WAIT = timedelta(days=7)
@@ -393,7 +390,6 @@ def _embed_share(
     ranges = list(spans(shards))
     mine = missing[fabric.global_rank :: fabric.world_size]
     embedding = [shard for shard in mine if not store.has(shard)]
-    give_back = _MemoryReturn()
 
     def done(shard: int) -> bool:
         return store.has(shard) and covariates.has(shard)
@@ -403,7 +399,6 @@ def _embed_share(
 
         def show(share: float) -> None:
             progress.show(embedding[number], share)
-            give_back()
 
         def read() -> Iterator[list[PromptGroup]]:
             """Measure each shard as it is read: while the one before it is being embedded."""
@@ -432,27 +427,6 @@ def _embed_share(
 def covariate_store(folder: Path, shards: Sequence[Shard]) -> CovariateStore:
     """Name the surface features beside the embeddings of a folder."""
     return CovariateStore(folder, SURFACE_FEATURES, SURFACE_VERSION, tuple(shards))
-
-
-class _MemoryReturn:
-    """Returns freed memory to the system from time to time.
-
-    The C library keeps the gaps between blocks in use, and batches of all sizes leave many: half
-    an hour of MiniLM came to 2.9 GB, of which 2.2 were gaps.
-    """
-
-    def __init__(self) -> None:
-        # Of glibc alone; elsewhere there is nothing to call.
-        library = ctypes.CDLL(None) if sys.platform == "linux" else None
-        self._trim: Callable[[int], int] | None = getattr(library, "malloc_trim", None)
-        self._last = time.monotonic()
-
-    def __call__(self) -> None:
-        """Return what is free, if the last time is long ago enough for it to cost nothing."""
-        now = time.monotonic()
-        if self._trim is not None and now - self._last > RETURN_EVERY_S:
-            self._trim(0)
-            self._last = now
 
 
 class _Progress:
