@@ -155,9 +155,7 @@ def _best_of_n(table: Table) -> str:
         return ""
     best = models[0]
     text = f"Best of {best[1]}: the picks of {best[0]} have a gold score of {best[3]:.3f}"
-    others = [
-        f"{n} {last[n][3]:.3f}" for n in ("random", "longer", "gold itself") if n in last
-    ]
+    others = [f"{n} {last[n][3]:.3f}" for n in ("random", "longer", "gold itself") if n in last]
     return f"{text} ({', '.join(others)})." if others else f"{text}."
 
 

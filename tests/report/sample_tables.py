@@ -135,9 +135,7 @@ def evaluation_tables(models, *, objectives=OBJECTIVES[:6], kinds=KINDS, seed=0)
     tables.append(Table("length_bias", "How scores follow length", columns, tuple(rows)))
     rows = []
     for k, name in enumerate((*everyone[: len(models)], "random", "gold itself", "longer")):
-        slope = {"random": 0.0, "gold itself": 0.16, "longer": 0.015}.get(
-            name, 0.1 - 0.008 * k
-        )
+        slope = {"random": 0.0, "gold itself": 0.16, "longer": 0.015}.get(name, 0.1 - 0.008 * k)
         for power in range(7):
             drop = 0.006 * max(0, power - 4) ** 2 * (name == "longer")
             gold = spread(0.42 + slope * power**0.8 - drop)
