@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import anyio
-from inspect_ai.model import ChatMessage
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState
 
@@ -30,8 +29,8 @@ def armo_score(
 
     The value of a sample is a mapping: `score`, which ranks responses to a prompt, and by objective
     the reward, on [0, 1]. In words, the explanation says what the score is made of. The response is
-    the completion, and the prompt all turns up to the last one of the user. Samples that wait while
-    a pass runs go into the next one together.
+    the completion, and the prompt all turns up to the last one of the user before it. Samples that
+    wait while a pass runs go into the next one together.
 
     A sample that cannot be scored, as one with an empty completion or an image, is unscored, with a
     reason: metrics leave it out and count it.
@@ -63,7 +62,7 @@ def _score(state: TaskState, model: str, device: str, weights: Mapping[str, floa
         reason = "refusal" if filtered else "no_response"
         return Score.unscored(reason=reason, answer=answer, explanation="The response is empty.")
     try:
-        row = parse_completion(_prompt(state.messages), answer)
+        row = parse_completion(_prompt(state), answer)
     except ValueError as error:
         return _failed(answer, str(error))
     if row is None:
@@ -72,17 +71,20 @@ def _score(state: TaskState, model: str, device: str, weights: Mapping[str, floa
     return _told(answer, scored) if isinstance(scored, RowScore) else _failed(answer, str(scored))
 
 
-def _prompt(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """Take the turns up to the user's last one, without what models thought to themselves."""
-    asked = [k for k, message in enumerate(messages) if message.role == "user"]
+def _prompt(state: TaskState) -> list[dict[str, Any]]:
+    """Take the turns up to the user's last one before the answer; of models, what they said."""
+    answer = state.output.message.id
+    ends = [k for k, message in enumerate(state.messages) if message.id == answer is not None]
+    before = state.messages[: ends[0] if ends else None]
+    asked = [k for k, message in enumerate(before) if message.role == "user"]
     return [
         {
             "role": message.role,
-            "content": message.content
-            if isinstance(message.content, str)
-            else [part.model_dump() for part in message.content if part.type != "reasoning"],
+            "content": message.text
+            if isinstance(message.content, str) or message.role == "assistant"
+            else [part.model_dump() for part in message.content],
         }
-        for message in messages[: asked[-1] + 1 if asked else None]
+        for message in before[: asked[-1] + 1 if asked else None]
     ]
 
 
@@ -100,8 +102,8 @@ def _told(answer: str, scored: Any) -> Score:
     }
     parts = sorted(by_name["contributions"].items(), key=lambda part: -abs(part[1]))
     lines = [
-        f"- {name} {part:+.3f}: weight {by_name['gating_weights'][name]:.3f} times adjusted reward "
-        f"{by_name['adjusted'][name]:+.3f}"
+        f"- {name} {part:+.3f}: weight {by_name['gating_weights'][name]:.3f} times "
+        f"{by_name['adjusted'][name]:+.3f} standard deviations"
         for name, part in parts
         if by_name["gating_weights"][name] > 0.0
     ]

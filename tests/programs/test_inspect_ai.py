@@ -199,6 +199,8 @@ def test_what_tools_and_reasoning_say_is_not_the_answer(score, causal_model):
     out = causal_model.score([[*TURNS, {"role": "assistant", "content": "Six minutes."}]])
     same(told.value, out, 0)
     assert told.answer == "Six minutes."
+    later = score([*said, ChatMessageUser(content="Thanks.")], output)
+    assert later.value == told.value
 
 
 def test_an_explanation_says_what_the_score_is_made_of(score, causal_model):
@@ -206,7 +208,7 @@ def test_an_explanation_says_what_the_score_is_made_of(score, causal_model):
     first, *parts = told.explanation.splitlines()
     assert "longer than the backbone reads, and was cut" in first
     found = [
-        re.match(r"- (\w+) (\S+): weight (\S+) times adjusted reward (\S+)$", p) for p in parts
+        re.match(r"- (\w+) (\S+): weight (\S+) times (\S+) standard deviations$", p) for p in parts
     ]
     assert {match[1] for match in found} == {"helpfulness", "honesty", "harm"}
     values = [[float(match[k]) for k in (2, 3, 4)] for match in found]

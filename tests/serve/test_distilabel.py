@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -234,7 +235,7 @@ def test_a_step_is_what_was_saved_of_it(folder):
     dumped = json.loads(json.dumps(step.dump()))
     again = load_with_type_info(dumped)
     assert isinstance(again, ArmoScore)
-    assert again.signature == step.signature
+    assert again.signature == step.signature == pickle.loads(pickle.dumps(step)).signature
     assert len(bytes.fromhex(step.signature)) == hashlib.sha1().digest_size
     others = [
         ArmoScore(model=str(folder), weights={"honesty": 1.0}, name="score"),
