@@ -146,7 +146,7 @@ def _read(row: Mapping[str, Any]) -> list[Conversation | RowError]:
             return [*parse_conversations([given["conversation"]])]
         if "conversation" in given:
             prompt = parse_prompt(given["conversation"])
-        elif "instruction" in given and (several or "response" in given):
+        elif "instruction" in given and (several or "response" in row):
             prompt = parse_prompt(given["instruction"])
             if system := given.get("system_prompt"):
                 prompt = (Message("system", system), *prompt)

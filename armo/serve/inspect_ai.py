@@ -74,8 +74,8 @@ def _score(state: TaskState, model: str, device: str, weights: Mapping[str, floa
 def _prompt(state: TaskState) -> list[dict[str, Any]]:
     """Take the turns up to the user's last one before the answer; of models, what they said."""
     answer = state.output.message.id
-    ends = [k for k, message in enumerate(state.messages) if message.id == answer is not None]
-    before = state.messages[: ends[0] if ends else None]
+    said = [message.id for message in state.messages]
+    before = state.messages[: said.index(answer) if answer and answer in said else None]
     asked = [k for k, message in enumerate(before) if message.role == "user"]
     return [
         {

@@ -164,6 +164,7 @@ def test_a_row_without_a_score_says_why_and_spoils_no_other(step, causal_model, 
     reasons = {
         "needs `conversation`, or `instruction` with `response` or `generations`": {"a": 1},
         "the response is no text": {"instruction": "Hi.", "generations": [3]},
+        "response is no text": {"instruction": "Hi.", "response": None},
         "`response` is empty": {"instruction": "Hi.", "response": " \n"},
         "`response` is no valid Unicode": {"instruction": "Hi.", "response": "\ud800"},
         "the last message must be the assistant's answer": {"conversation": TURNS},
@@ -188,7 +189,7 @@ def test_a_row_without_a_score_says_why_and_spoils_no_other(step, causal_model, 
             assert row["reason"].startswith("generation 0: ")
             numbers = [*row["gating_weights"].values()]
         assert all(math.isnan(number) for number in numbers)
-    assert "8 of 10 responses have no score; 1 of them: needs" in caplog.text
+    assert "9 of 11 responses have no score; 2 of them: the response is no text" in caplog.text
 
 
 def test_a_generation_without_a_score_is_none_among_the_others(step, causal_model):
@@ -224,10 +225,13 @@ def test_weights_of_the_caller_replace_those_of_the_gate(folder, causal_model, n
     (row,) = process(step, [{"instruction": "Hi.", "response": "Hello."}])
     out = causal_model.score([conversation("Hi.", "Hello.")], weights={"honesty": 2, "harm": 1})
     same(row, out, 0)
+    engine = step._scorer._engine
     step.unload()
+    assert not engine._thread.is_alive()
     wrong = ArmoScore(model=str(folder), device="cpu", weights={"kindness": 1.0})
     with pytest.raises(ValueError, match="kindness"):
         wrong.load()
+    wrong.unload()  # as distilabel does then
 
 
 def test_a_step_is_what_was_saved_of_it(folder):
