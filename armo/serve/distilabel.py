@@ -20,7 +20,13 @@ from armo.serve.engine import Answer, RowScore
 from armo.serve.row_scorer import RowScorer
 from armo.serve.rows import RowError, parse_row
 
-INPUTS = ("instruction", "system_prompt", "response", "generations", "conversation")
+INPUTS: dict[str, type | tuple[type, ...]] = {
+    "instruction": (str, list),
+    "system_prompt": str,
+    "response": str,
+    "generations": list,
+    "conversation": list,
+}
 OUTPUTS = ("score", "rewards", "gating_weights", "contributions", "truncated", "reason")
 NEEDED = "needs `conversation`, or `instruction` with `response` or `generations`"
 
@@ -139,14 +145,16 @@ class ArmoScore(Step):
 def _read(row: Mapping[str, Any]) -> list[Conversation | RowError]:
     """Find the responses of a row: one, or those of `generations`."""
     given = {name: row[name] for name in INPUTS if row.get(name) is not None}
-    several = "generations" in given
-    responses = given["generations"] if several else [given.get("response")]
+    texts = given.get("generations")
     try:
-        if "conversation" in given and not several:
+        for name, value in given.items():
+            if not isinstance(value, INPUTS[name]):
+                raise ValueError(f"`{name}` cannot be of type {type(value).__name__}")
+        if "conversation" in given and texts is None:
             return [*parse_conversations([given["conversation"]])]
         if "conversation" in given:
             prompt = parse_prompt(given["conversation"])
-        elif "instruction" in given and (several or "response" in row):
+        elif "instruction" in given and (texts is not None or "response" in row):
             prompt = parse_prompt(given["instruction"])
             if system := given.get("system_prompt"):
                 prompt = (Message("system", system), *prompt)
@@ -154,12 +162,12 @@ def _read(row: Mapping[str, Any]) -> list[Conversation | RowError]:
             raise ValueError(NEEDED)
     except ValueError as error:
         reason = RowError(str(error).removeprefix("conversation 0: "))
-        return [reason for _ in responses]
+        return [reason] * (len(texts) if isinstance(texts, list) else 1)
     return [
         parse_row(prompt, text)
         if isinstance(text, str)
         else RowError("the response is no text", of_response=True)
-        for text in responses
+        for text in (texts if texts is not None else [given.get("response")])
     ]
 
 

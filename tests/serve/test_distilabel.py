@@ -26,6 +26,7 @@ TURNS = [
     {"role": "assistant", "content": "How soft?"},
     {"role": "user", "content": "Soft."},
 ]
+SHORT = {"instruction": "Hi.", "response": "Hello."}
 ANSWER = {"role": "assistant", "content": "Six minutes."}
 
 
@@ -167,6 +168,10 @@ def test_a_row_without_a_score_says_why_and_spoils_no_other(step, causal_model, 
         "response is no text": {"instruction": "Hi.", "response": None},
         "`response` is empty": {"instruction": "Hi.", "response": " \n"},
         "`response` is no valid Unicode": {"instruction": "Hi.", "response": "\ud800"},
+        "`instruction` cannot be of type int": {"instruction": 3, "response": "Hi."},
+        "`system_prompt` cannot be of type int": {**SHORT, "system_prompt": 3},
+        "`generations` cannot be of type str": {"instruction": "Hi.", "generations": "Hello."},
+        "`conversation` cannot be of type dict": {"conversation": ANSWER},
         "the last message must be the assistant's answer": {"conversation": TURNS},
         "the prompt has no user turn with text": {"conversation": [ANSWER]},
         "message 0 needs `role` and `content`": {"conversation": [{"role": "user"}]},
@@ -175,9 +180,8 @@ def test_a_row_without_a_score_says_why_and_spoils_no_other(step, causal_model, 
             "generations": ["No."],
         },
     }
-    good = {"instruction": "Hi.", "response": "Hello."}
     step._logger.propagate = True
-    scored = process(step, [good, *reasons.values(), good])
+    scored = process(step, [SHORT, *reasons.values(), SHORT])
     out = causal_model.score([conversation("Hi.", "Hello.")])
     same(scored[0], out, 0)
     same(scored[-1], out, 0)
@@ -189,7 +193,7 @@ def test_a_row_without_a_score_says_why_and_spoils_no_other(step, causal_model, 
             assert row["reason"].startswith("generation 0: ")
             numbers = [*row["gating_weights"].values()]
         assert all(math.isnan(number) for number in numbers)
-    assert "9 of 11 responses have no score; 2 of them: the response is no text" in caplog.text
+    assert "13 of 15 responses have no score; 2 of them: the response is no text" in caplog.text
 
 
 def test_a_generation_without_a_score_is_none_among_the_others(step, causal_model):
