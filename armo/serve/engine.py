@@ -297,7 +297,7 @@ class ScoringEngine:
                 answers = [RowError(str(error))]
             else:
                 logger.exception("a row of %d tokens failed", rows[0][0].rows[rows[0][1]].cost)
-                answers = [PassError("the model failed on this row; the server's log says why")]
+                answers = [PassError("the model failed on this row; the log says why")]
         self._hand_out(rows, answers)
         return all(isinstance(answer, PassError) for answer in answers)
 

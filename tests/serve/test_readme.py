@@ -11,6 +11,8 @@ import torch
 from conftest import conversation, make_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from armo.model.reward_model import ArmoRewardModel
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 SECTION = README.partition("\n## In other programs\n")[2].partition("\n## ")[0]
 POLICY = "Qwen/Qwen3-0.6B"
@@ -54,7 +56,15 @@ def run(name, **replaced):
 
 
 def test_each_example_is_tested():
-    assert set(BLOCKS) == {"trl", "my_reward.py", "best of n", "filtering"}
+    # Inspect's, in tests/programs/test_inspect_ai.py.
+    elsewhere = {"task.py"}
+    assert set(BLOCKS) - elsewhere == {
+        "trl",
+        "my_reward.py",
+        "distilabel",
+        "best of n",
+        "filtering",
+    }
     assert all(len(source.splitlines()) <= 12 for source in BLOCKS.values())
 
 
@@ -88,6 +98,20 @@ def test_verl(place):
         model=options["reward_kwargs.model"],
     )
     assert set(row) == {"helpfulness", "honesty", "harm", "verbosity", "formatting", "score"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_distilabel(place, no_type_checks):
+    texts = ["Not before their first birthday.", "Yes, always!", "Ask a doctor."]
+    row = {"instruction": "Is honey safe?", "generations": texts}
+    Path("replies.jsonl").write_text(f"{json.dumps(row)}\n")
+    cached = 'Pipeline(cache_dir="cache")'
+    (pair,) = run("distilabel", **{"Pipeline()": cached})["distiset"]["default"]["train"]
+    model = ArmoRewardModel.from_pretrained("checkpoints/demo/model", device="cpu")
+    scores = model.score_responses("Is honey safe?", texts).score
+    assert pair["ratings"] == pytest.approx(scores.tolist(), abs=1e-6)
+    assert pair["chosen"][-1]["content"] == texts[int(scores.argmax())]
+    assert pair["rejected"][-1]["content"] == texts[int(scores.argmin())]
 
 
 def test_best_of_n(place):
