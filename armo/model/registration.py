@@ -6,10 +6,10 @@ them. So `import armo` registers nothing: it waits for Transformers' own table o
 
 import importlib
 import sys
-from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
@@ -32,8 +32,9 @@ class _AfterAutoConfig(MetaPathFinder):
     """
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        # A namespace package's path is a sequence to type checkers, and not at run time.
         if fullname != AUTO_CONFIG:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
