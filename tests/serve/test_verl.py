@@ -1,7 +1,7 @@
 """`compute_score` as verl 0.9.1 finds and calls it.
 
-verl and its pins (Ray, an older Transformers) are not installed here; what its code does around the
-call is written out, with the file of verl that does it.
+verl is not installed here; what its code does around the call is written out, with the file of verl
+that does it. `tests/programs/test_verl.py` runs verl itself.
 """
 
 import asyncio
