@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_model
 
-pytest.importorskip("verl", reason="verl has an environment of its own: `make programs` makes it")
+pytest.importorskip("verl", reason="it has an environment of its own: `make programs` makes it")
 
 import ray
 import verl.experimental.agent_loop.agent_loop as old_loop

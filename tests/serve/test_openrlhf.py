@@ -1,7 +1,7 @@
 """The reward function as OpenRLHF 0.11.2 finds and calls it.
 
-OpenRLHF itself (Ray, vLLM, DeepSpeed) is not installed here; what its code does around the call is
-written out, with the file of OpenRLHF that does it.
+OpenRLHF is not installed here; what its code does around the call is written out, with the file of
+OpenRLHF that does it. `tests/programs/test_openrlhf.py` runs OpenRLHF itself.
 """
 
 import asyncio
