@@ -45,7 +45,9 @@ class RenderedPrompts:
         if not self._special.search(prompt):
             return prompt
         for form in self._forms:
-            if form is not None and (turns := form.read(prompt)) is not None:
+            turns = form.read(prompt) if form is not None else None
+            # Special tokens within a turn are around one that the form has no place for.
+            if turns and not any(self._special.search(turn["content"]) for turn in turns):
                 return turns
         raise ValueError(
             f"the chat template of `policy` does not render prompts like {prompt[:200]!r}: is it "

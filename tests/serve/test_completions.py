@@ -1,5 +1,7 @@
 """What trainers hand over becomes conversations, and control text becomes words."""
 
+import copy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,6 +127,12 @@ def test_disarmed_text_has_no_special_tokens_whatever_it_spells(tokenizer):
 def test_other_text_stays_as_it_is(tokenizer):
     text = "if a < b and c[0] > 1:\n    print('<|hello|>', '[ SEP]')"
     assert ControlText(tokenizer).disarm(text) == text
+
+
+def test_words_that_are_one_token_are_no_control_text(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<think>"])
+    assert ControlText(tokenizer).disarm("<think>Hm.</think>") == "<think>Hm.</think>"
 
 
 def test_special_tokens_at_the_end_are_taken_off(tokenizer):
