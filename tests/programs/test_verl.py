@@ -4,6 +4,7 @@ What generates is stood in for by fixed texts; what comes before and after is ve
 """
 
 import asyncio
+import os
 import shlex
 from pathlib import Path
 
@@ -306,6 +307,7 @@ def test_gdpo_normalises_each_objective_by_itself(configured, tokenizer, referen
 
 @pytest.fixture(scope="module")
 def cluster():
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(num_cpus=3, include_dashboard=False, object_store_memory=100_000_000)
     yield
     ray.shutdown()
