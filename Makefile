@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test notebooks corpus clean
+.PHONY: demo test programs notebooks corpus clean
 
 demo: .venv/.demo
 	$(BIN)/armo train experiment=demo
@@ -16,6 +16,10 @@ test: .venv/.test
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto --dist worksteal
 
+# Run armo beside other programs, each in an environment of its own: all, or PROGRAMS="verl openrlhf".
+programs: .venv/.test
+	.ci/programs $(PROGRAMS)
+
 # Execute the notebooks again and save their outputs.
 notebooks: .venv/.test
 	$(BIN)/armo train experiment=demo
@@ -26,7 +30,7 @@ corpus: .venv/.demo
 	$(BIN)/python -m armo.data.builtin.compose
 
 clean:
-	rm -rf .venv build dist *.egg-info checkpoints/demo
+	rm -rf .venv .venv-* build dist *.egg-info checkpoints/demo
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

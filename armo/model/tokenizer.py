@@ -7,13 +7,13 @@ import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # The prompt's turns and the response, as the backbone reads them: `[CLS] prompt [SEP] response
-# [SEP]`.
+# [SEP]`. Of a prompt alone, which trainers and harnesses render beside it, what is before the
+# response; that has no score.
 ENCODER_TEMPLATE = (
-    "{% if messages[-1]['role'] != 'assistant' %}"
-    "{{ raise_exception('the last message must be the answer of the assistant') }}{% endif %}"
-    "{{ cls_token }}{% for message in messages[:-1] %}{{ message['content'] }}"
-    "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
-    "{{ sep_token }}{{ messages[-1]['content'] }}{{ sep_token }}"
+    "{% set answered = messages[-1]['role'] == 'assistant' %}"
+    "{{ cls_token }}{% for message in (messages[:-1] if answered else messages) %}"
+    "{{ message['content'] }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+    "{{ sep_token }}{% if answered %}{{ messages[-1]['content'] }}{{ sep_token }}{% endif %}"
 )
 SURFACE = "surface"
 

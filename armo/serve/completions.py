@@ -39,6 +39,38 @@ def parse_completion(prompt: Turns, completion: Turns) -> Conversation | None:
         return None
 
 
+def shared_length(prompt: str, text: str) -> int:
+    """Count the last characters of a prompt that a text begins with: all, if it was not cut.
+
+    Trainers cut prompts that are too long from the left. Takes time in proportion to the lengths,
+    whatever they hold.
+
+    References:
+        Knuth, Morris and Pratt, "Fast Pattern Matching in Strings", SIAM J. Comput. 6(2), 1977.
+
+    Example:
+        >>> shared_length("Is honey safe?", "safe? Yes.")
+        5
+    """
+    if text.startswith(prompt):
+        return len(prompt)
+    text = text[: len(prompt)]
+    # By how much of the text was found: how much of it still is where the next character differs.
+    shorter = [0]
+
+    def go_on(found: int, character: str) -> int:
+        while found and (found == len(text) or text[found] != character):
+            found = shorter[found - 1]
+        return found + (text[found] == character)
+
+    for character in text[1:]:
+        shorter.append(go_on(shorter[-1], character))
+    found = 0
+    for character in prompt if text else "":
+        found = go_on(found, character)
+    return found
+
+
 class ControlText:
     """Finds the control text of a tokenizer in responses, and takes its effect."""
 
@@ -51,6 +83,7 @@ class ControlText:
         spelled = "|".join(re.escape(token) for token in tokens if token)
         # One character, where a token begins: tokens may overlap.
         self._begins = re.compile(f"(?={spelled})(.)", re.DOTALL) if spelled else None
+        self._end = re.compile(rf"(?:{spelled})+\Z") if spelled else None
 
     def disarm(self, text: str) -> str:
         """Put a space behind the first character of each special token that a text spells.
@@ -58,6 +91,10 @@ class ControlText:
         The tokenizer reads what is left as plain words, so a response cannot end its own turn.
         """
         return self._begins.sub(r"\1 ", text) if self._begins else text
+
+    def without_end(self, text: str) -> str:
+        """Take off the special tokens that a text ends with, as a generation does."""
+        return self._end.sub("", text) if self._end else text
 
 
 def _parse_prompt(prompt: Turns) -> list[Message]:

@@ -152,7 +152,7 @@ class Refusal:
     def response(self) -> Response:
         """Write it, in ASCII: a client's own words may be no valid Unicode."""
         return Response(
-            json.dumps({"detail": self.detail}),
+            json.dumps({"detail": self.detail, "error": {"message": self.detail}}),
             self.status,
             headers=dict(self.headers),
             media_type="application/json",

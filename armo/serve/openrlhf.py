@@ -1,6 +1,6 @@
 """A reward function for OpenRLHF, which reads it from a file of the user.
 
-Written for OpenRLHF 0.11. Two lines are the file, and `--reward.remote_url my_reward.py` names it:
+Tested with OpenRLHF 0.11.2. Two lines are the file, which `--reward.remote_url my_reward.py` names:
 
 ```
 from armo.serve.openrlhf import OpenRLHFReward
@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from armo.model.reward_model import ArmoRewardModel
-from armo.serve.completions import Turns
+from armo.serve.completions import ControlText, Turns, shared_length
 from armo.serve.rewards import LIMIT, Rewards
 
 # Stand in for turns, to see what a template writes around them.
@@ -32,7 +32,7 @@ class RenderedPrompts:
         """Look at what the template writes around turns of system, user and assistant."""
         tokens = "|".join(re.escape(token) for token in tokenizer.all_special_tokens)
         self._special = re.compile(tokens or r"(?!)")
-        self._ending = re.compile(rf"(?:{tokens})*\Z")
+        self._control = ControlText(tokenizer)
         # Without a system turn first: some templates then write one of their own.
         self._forms = [_form(tokenizer, system=system) for system in (False, True)]
 
@@ -45,7 +45,9 @@ class RenderedPrompts:
         if not self._special.search(prompt):
             return prompt
         for form in self._forms:
-            if form is not None and (turns := form.read(prompt)) is not None:
+            turns = form.read(prompt) if form is not None else None
+            # Special tokens within a turn are around one that the form has no place for.
+            if turns and not any(self._special.search(turn["content"]) for turn in turns):
                 return turns
         raise ValueError(
             f"the chat template of `policy` does not render prompts like {prompt[:200]!r}: is it "
@@ -60,12 +62,12 @@ class RenderedPrompts:
         Raises:
             ValueError: If the text does not begin with the end of its prompt.
         """
-        start = next((k for k in range(len(prompt)) if query.startswith(prompt[k:])), None)
-        if start is None:
+        shared = shared_length(prompt, query)
+        if not shared:
             raise ValueError(
                 f"the query does not begin with its prompt: {query[:100]!r}, {prompt[:100]!r}"
             )
-        return self._ending.sub("", query[len(prompt) - start :])
+        return self._control.without_end(query[shared:])
 
 
 class OpenRLHFReward:

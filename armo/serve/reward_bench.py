@@ -1,8 +1,14 @@
 """The pipeline that RewardBench's run scripts build around a model, for models of armo.
 
-Add a model to `rewardbench.REWARD_MODEL_CONFIG`, in an environment where both packages run:
+Tested with RewardBench 0.1.4 beside Transformers 4.56, the oldest that armo runs with. RewardBench
+pins an older one, from which it imports two texts; they are no longer there, and may be empty:
 
 ```
+from transformers.models.llama import modeling_llama
+
+modeling_llama._CONFIG_FOR_DOC = modeling_llama.LLAMA_INPUTS_DOCSTRING = ""
+from rewardbench import REWARD_MODEL_CONFIG
+
 REWARD_MODEL_CONFIG["checkpoints/demo/model"] = {
     "model_builder": ArmoRewardModel.from_pretrained,
     "pipeline_builder": RewardBenchPipeline,

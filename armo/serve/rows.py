@@ -12,7 +12,7 @@ from armo.embed.boundary import GroupTokens, PromptGroup, ResponseTokens
 from armo.embed.plan import TextPlanner
 from armo.embed.spec import BackboneError
 from armo.model.token_rows import TokenReader, TokenRowError
-from armo.serve.completions import ControlText, parse_completion
+from armo.serve.completions import ControlText, parse_completion, shared_length
 from armo.serve.openrlhf import RenderedPrompts
 
 
@@ -86,18 +86,22 @@ class RowReader:
 
         Args:
             text: Of prompt and response, with the control text of the template.
-            prompt: What it begins with, up to the response; if None, the response is what follows
-                the last place where the template opens one. A prompt without control text is the
-                plain text of a user turn.
+            prompt: What it begins with, up to the response, or that with its beginning cut off; if
+                None, the response is what follows the last place where the template opens one. A
+                prompt without control text is the plain text of a user turn.
         """
         try:
             if prompt is not None and self._policy is not None:
                 return self._of_policy(text, prompt, self._policy)
             if prompt is not None and not self._opens(prompt):
                 return self._plain(text, prompt)
+            if prompt is not None:
+                shared = shared_length(prompt, text)
+                if self._opens(prompt[len(prompt) - shared :]):
+                    text = prompt + text[shared:]
             head, body = self._tokens.take_apart(text, prompt=prompt)
             if prompt is not None:
-                body = self._control.disarm(body)
+                body = self._control.disarm(self._control.without_end(body))
             if not body.strip():
                 raise RowError("the response is empty", of_response=True)
             tokens, response = self._tokens.read(head, body)
@@ -112,7 +116,8 @@ class RowReader:
         return conversations is not None and self._tokens.marks.opening in prompt
 
     def _plain(self, text: str, prompt: str) -> Row | RowError:
-        if not text.startswith(prompt):
+        shared = shared_length(prompt, text)
+        if not shared:
             raise RowError("it does not begin with its prompt")
         if self._planner.conversations is not None:
             added = self._planner.tokenizer.added_tokens_decoder.values()
@@ -123,7 +128,7 @@ class RowReader:
                     f"one? Give the server that `policy`"
                 )
         turns = (Message("user", prompt),)
-        response = self._control.disarm(text[len(prompt) :])
+        response = self._control.disarm(self._control.without_end(text[shared:]))
         return self.conversations([parse_row(turns, response)])[0]
 
     def _of_policy(self, text: str, prompt: str, policy: RenderedPrompts) -> Row | RowError:

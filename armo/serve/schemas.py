@@ -240,10 +240,17 @@ class HealthReply(BaseModel):
     status: str
 
 
+class ErrorMessage(BaseModel):
+    """What is wrong."""
+
+    message: str
+
+
 class ErrorReply(BaseModel):
-    """What is wrong, in one line."""
+    """What is wrong, in one line, and the same where OpenAI's clients look for it."""
 
     detail: str
+    error: ErrorMessage
 
 
 def messages(turns: str | list[Turn]) -> tuple[Message, ...]:

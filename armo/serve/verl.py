@@ -1,10 +1,13 @@
-"""The reward function of a model for verl, written for its version 0.9.
+"""The reward function of a model for verl, tested with its version 0.9.1.
 
 ```
 reward.custom_reward_function.path=pkg://armo.serve.verl
 reward.custom_reward_function.name=compute_score
 +reward.custom_reward_function.reward_kwargs.model=checkpoints/demo/model
 ```
+
+The column `extra_info` of the data has to hold the messages of the prompt, as `raw_prompt`: verl's
+default trainer gives them to no reward function itself.
 """
 
 import threading
@@ -34,14 +37,14 @@ def compute_score(
     """Score one response, as verl's reward managers call it: from many threads, one row each.
 
     Rows that wait while a pass runs go into the next one together. The model is loaded once per
-    process, at the first call.
+    process, at the first call; there are `reward.num_workers` processes.
 
     Args:
         data_source: Not used.
         solution_str: The response.
         ground_truth: Not used.
-        extra_info: Holds the prompt. The reward managers `naive`, `remote` and `rate_limited` put
-            it there; for `dapo` and `gdpo` the column `extra_info` of the data has to hold it.
+        extra_info: Holds the prompt. With `trainer.use_v1=False` the reward managers `naive`,
+            `remote` and `rate_limited` put it there; otherwise the data has to.
         model: The model folder; this and the next three come from `reward_kwargs`.
         device: Of the backbone.
         limit: As for `Rewards`.
@@ -51,7 +54,7 @@ def compute_score(
 
     Returns:
         `score`, and by name the adjusted reward of each objective, for `algorithm.gdpo_reward_keys`
-        and the log. All are finite.
+        (with `trainer.use_v1=False`) and the log. All are finite.
 
     Raises:
         ValueError: If there is no prompt, or it cannot be read.
@@ -59,8 +62,8 @@ def compute_score(
     prompt = (extra_info or {}).get(prompt_key)
     if prompt is None:
         raise ValueError(
-            f"`extra_info` has no prompt under {prompt_key!r}, but {sorted(extra_info or {})}; use "
-            f"the reward manager `naive`, or put the messages into that column of the data"
+            f"`extra_info` has no prompt under {prompt_key!r}, but {sorted(extra_info or {})}; put "
+            f"the messages into that column of the data"
         )
     rewards = _rewards(model, device, limit)
     turns = prompt if isinstance(prompt, str) else list(prompt)

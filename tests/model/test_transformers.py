@@ -480,10 +480,13 @@ def test_the_tokenizer_measures_each_response_as_it_is_written(encoder):
     assert "surface" not in ArmoTokenizer.of(encoder.tokenizer, measures=False)("Hi", response)
 
 
-def test_the_template_of_an_encoder_needs_an_answer(encoder):
+def test_a_prompt_alone_is_what_comes_before_its_response_and_has_no_score(encoder):
     tokenizer = ArmoTokenizer.of(encoder.tokenizer, measures=False)
-    with pytest.raises(TemplateError, match="answer of the assistant"):
-        tokenizer.apply_chat_template(conversation("Hi", "Yes.")[:1], tokenize=False)
+    turns = [*conversation("Hi", "Hello!"), *conversation("Are you?", "Yes.")]
+    alone, whole = (tokenizer.apply_chat_template(t, tokenize=False) for t in (turns[:-1], turns))
+    assert whole == f"{alone}Yes.{tokenizer.sep_token}"
+    with pytest.raises(TokenRowError, match="separators"):
+        make_model(encoder)(**pad(tokenizer, [alone]))
 
 
 # Rows of ids by every family of chat templates.

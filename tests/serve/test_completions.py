@@ -1,11 +1,13 @@
 """What trainers hand over becomes conversations, and control text becomes words."""
 
+import copy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from armo.data.conversation import Conversation, Message
-from armo.serve.completions import ControlText, parse_completion
+from armo.serve.completions import ControlText, parse_completion, shared_length
 
 USER = Message("user", "Is honey safe?")
 
@@ -125,3 +127,23 @@ def test_disarmed_text_has_no_special_tokens_whatever_it_spells(tokenizer):
 def test_other_text_stays_as_it_is(tokenizer):
     text = "if a < b and c[0] > 1:\n    print('<|hello|>', '[ SEP]')"
     assert ControlText(tokenizer).disarm(text) == text
+
+
+def test_words_that_are_one_token_are_no_control_text(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<think>"])
+    assert ControlText(tokenizer).disarm("<think>Hm.</think>") == "<think>Hm.</think>"
+
+
+def test_special_tokens_at_the_end_are_taken_off(tokenizer):
+    control = ControlText(tokenizer)
+    first, *_, last = (t for t in tokenizer.all_special_tokens if t != tokenizer.unk_token)
+    assert control.without_end(f"{first} a.{last}{first}") == f"{first} a."
+    assert control.without_end(f"a.{last} ") == f"a.{last} "
+    assert control.without_end("a.") == "a."
+
+
+@given(st.text("ab", max_size=9), st.text("ab", max_size=9))
+def test_shared_length_is_that_of_the_longest_end_of_the_prompt(prompt, text):
+    slow = next((k for k in range(len(prompt), 0, -1) if text.startswith(prompt[-k:])), 0)
+    assert shared_length(prompt, text) == slow

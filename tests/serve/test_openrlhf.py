@@ -1,7 +1,7 @@
 """The reward function as OpenRLHF 0.11.2 finds and calls it.
 
-OpenRLHF itself (Ray, vLLM, DeepSpeed) is not installed here; what its code does around the call is
-written out, with the file of OpenRLHF that does it.
+OpenRLHF is not installed here; what its code does around the call is written out, with the file of
+OpenRLHF that does it. `tests/programs/test_openrlhf.py` runs OpenRLHF itself.
 """
 
 import asyncio
@@ -120,6 +120,26 @@ def test_a_prompt_of_another_template_is_refused():
         rendered.turns(render(policy(QWEN), MULTI))
     with pytest.raises(ValueError, match="does not render prompts like"):
         rendered.turns(render(policy(), MULTI) + "And so")
+    tool = {"role": "tool", "content": "Honey: yes."}
+    for turns in (MULTI[:3], [MULTI[1]] * 3, [MULTI[0], *MULTI[2:]], [*MULTI, tool]):
+        with pytest.raises(ValueError, match="does not render prompts like"):
+            rendered.turns(render(policy(), turns))
+
+
+@pytest.mark.parametrize("system", ["", "{{ m['content'] }}"], ids=["dropped", "moved"])
+def test_a_template_that_writes_system_turns_elsewhere_has_none(system):
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] != 'system' %}"
+        "<|start|>{{ m['role'] }}\n{{ m['content'] }}<|turn|>{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m['role'] == 'system' %}" + system + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    rendered = RenderedPrompts(policy(template))
+    assert rendered.turns(render(policy(template), MULTI[1:])) == MULTI[1:]
+    with pytest.raises(ValueError, match="does not render prompts like"):
+        rendered.turns(
+            render(policy(template), [*MULTI[1:3], {"role": "tool", "content": "Yes."}, MULTI[3]])
+        )
 
 
 def test_the_response_follows_a_prompt_that_was_cut_from_the_left(causal_model):

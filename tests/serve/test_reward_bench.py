@@ -1,7 +1,7 @@
 """The pipeline as RewardBench 0.1.4 builds and calls it (rewardbench/rewardbench.py).
 
-Its command pins an older Transformers than armo runs with, so what it does around the pipeline is
-written out.
+It is not installed here, so what it does around the pipeline is written out;
+`tests/programs/test_rewardbench_scripts.py` runs RewardBench itself.
 """
 
 import pytest

@@ -1,16 +1,18 @@
 """`compute_score` as verl 0.9.1 finds and calls it.
 
-verl and its pins (Ray, an older Transformers) are not installed here; what its code does around the
-call is written out, with the file of verl that does it.
+verl is not installed here; what its code does around the call is written out, with the file of verl
+that does it. `tests/programs/test_verl.py` runs verl itself.
 """
 
 import asyncio
 import importlib
 import importlib.util
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import conversation, make_model
 
 import armo.serve.verl
@@ -89,6 +91,33 @@ def test_the_model_is_loaded_once_for_all_threads(folder, monkeypatch):
         [row["score"] for row in results[4:8]]
     )
     assert results[2]["score"] == -LIMIT
+
+
+def test_each_limit_and_device_has_a_model_of_its_own(folder, monkeypatch):
+    devices = []
+    load = armo.serve.verl.ArmoRewardModel.from_pretrained
+    monkeypatch.setattr(
+        armo.serve.verl.ArmoRewardModel,
+        "from_pretrained",
+        lambda path, *, device: devices.append(device) or load(path, device="cpu"),
+    )
+    info = {"raw_prompt": PROMPT}
+    for limit in (0.01, 0.02):
+        for device in ("cpu", "cuda:1"):
+            score = armo.serve.verl.compute_score(
+                "chat", TEXTS[1], "", info, model=folder, limit=limit, device=device
+            )
+            assert abs(score["score"]) == pytest.approx(limit)
+    assert devices == ["cpu", "cuda:1"] * 2
+
+
+def test_the_score_is_the_score_whatever_an_objective_is_called(monkeypatch):
+    out = SimpleNamespace(objectives=("score", "honesty"))
+    batch = SimpleNamespace(out=out, adjusted=torch.tensor([[7.0, 8.0]]), score=torch.tensor([9.0]))
+    rewards = SimpleNamespace(rate=lambda prompts, completions: batch)
+    monkeypatch.setattr(armo.serve.verl, "_rewards", lambda *_: rewards)
+    row = armo.serve.verl.compute_score("chat", "Fine.", "", {"raw_prompt": PROMPT}, model="any")
+    assert row == {"score": 9.0, "honesty": 8.0}
 
 
 def test_the_prompt_may_be_a_column_of_the_data(folder):

@@ -1,0 +1,37 @@
+"""`armo serve` in a process of its own, on a port that is free."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+
+@contextmanager
+def armo_serve(folder, *settings):
+    """The address of a server of the model in a folder; it is told to stop with the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "armo.cli", "serve", f"model={folder}", f"port={port}"]
+    with subprocess.Popen([*command, "device=cpu", *settings], cwd=folder) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not _answers(f"{url}/health"):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            yield url
+        finally:
+            process.terminate()
+
+
+def _answers(url):
+    try:
+        with urllib.request.urlopen(url) as reply:
+            return reply.status == 200
+    except urllib.error.URLError:
+        return False
