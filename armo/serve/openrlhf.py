@@ -54,6 +54,18 @@ class RenderedPrompts:
             f"the tokenizer that OpenRLHF trains with?"
         )
 
+    def prompt(self, text: str) -> str:
+        """Find the prompt that a text begins with: up to where the last response is opened.
+
+        Raises:
+            ValueError: If the template opens none in it.
+        """
+        openings = {form.after for form in self._forms if form is not None and form.after}
+        ends = [text.rfind(o) + len(o) for o in openings if o in text]
+        if not ends:
+            raise ValueError(f"the chat template of `policy` opens no response in {text[:200]!r}")
+        return text[: max(ends)]
+
     def response(self, query: str, prompt: str) -> str:
         """Take the response from the whole text, without the special tokens that end it.
 

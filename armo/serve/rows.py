@@ -60,8 +60,8 @@ class RowReader:
 
         Args:
             backbone: The one that runs them.
-            policy: Tokenizer with whose chat template prompts of rendered texts were made, where
-                that is not the backbone's.
+            policy: Tokenizer whose chat template rendered the texts, where that is not the
+                backbone's.
         """
         self._policy = RenderedPrompts(policy) if policy is not None else None
         self._control = ControlText(backbone.tokenizer)
@@ -91,7 +91,7 @@ class RowReader:
                 prompt without control text is the plain text of a user turn.
         """
         try:
-            if prompt is not None and self._policy is not None:
+            if self._policy is not None:
                 return self._of_policy(text, prompt, self._policy)
             if prompt is not None and not self._opens(prompt):
                 return self._plain(text, prompt)
@@ -131,8 +131,9 @@ class RowReader:
         response = self._control.disarm(self._control.without_end(text[shared:]))
         return self.conversations([parse_row(turns, response)])[0]
 
-    def _of_policy(self, text: str, prompt: str, policy: RenderedPrompts) -> Row | RowError:
+    def _of_policy(self, text: str, prompt: str | None, policy: RenderedPrompts) -> Row | RowError:
         try:
+            prompt = prompt if prompt is not None else policy.prompt(text)
             turns, response = policy.turns(prompt), policy.response(text, prompt)
             row = parse_completion(turns, self._control.disarm(response))
         except ValueError as error:

@@ -45,8 +45,8 @@ class ServerSettings:
         limit: How far a score may be from the mean in protocols of other programs, as of `Rewards`:
             those beyond are clipped, and `-limit` is that of a response that cannot have one, such
             as an empty one. If None, none is clipped, and such requests are refused.
-        policy: Tokenizer, folder or hub id, whose chat template renders the prompts that
-            `/get_reward` gets, where that is not the backbone's.
+        policy: Tokenizer, folder or hub id, whose chat template rendered the texts that
+            other programs' protocols get, where that is not the backbone's.
         log_texts: Whether bodies are logged.
     """
 

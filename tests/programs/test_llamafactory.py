@@ -17,9 +17,10 @@ from programs.server import armo_serve
 PROMPTS = ["Is honey safe?", "Who are you?"]
 
 
-@pytest.fixture
-def reference(causal):
-    return make_model(causal)
+# The encoder's template is not the policy's.
+@pytest.fixture(params=["causal", "encoder"])
+def reference(request):
+    return make_model(request.getfixturevalue(request.param))
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_ppo_trains_on_the_models_scores(place, reference, ppo, monkeypatch):
         return rewards
 
     monkeypatch.setattr(ppo.trainer, "get_rewards_from_server", kept)
-    with armo_serve(place / "model", "server.limit=1000") as url:
+    with armo_serve(place / "model", "server.limit=1000", f"server.policy={place}/policy") as url:
         settings = {
             "stage": "ppo",
             "do_train": True,

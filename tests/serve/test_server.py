@@ -273,14 +273,19 @@ def test_scores_beyond_the_limit_are_clipped_for_other_programs_alone(causal, re
     assert [row["score"] for row in own["rows"]] == pytest.approx(wanted, **CLOSE)
 
 
-def test_prompts_of_another_template_are_read_by_the_tokenizer_of_the_policy(
+def test_texts_of_another_template_are_read_by_the_tokenizer_of_the_policy(
     encoder, causal, causal_folder, rendered, prompts
 ):
     body = {"query": rendered, "prompts": prompts}
     with serving(make_model(encoder), policy=str(causal_folder)) as own:
         reply = own.post("/get_reward", json=body).json()
+        whole = own.post("/v1/score/evaluation", json={"messages": rendered}).json()
+        refused = own.post("/v1/score/evaluation", json={"messages": ["Just words"]})
     wanted = make_model(encoder).score(ROWS).score.clamp(-5, 5).tolist()
     assert reply["rewards"] == pytest.approx(wanted, **CLOSE)
+    assert whole["scores"] == pytest.approx(wanted, **CLOSE)
+    assert refused.status_code == 422
+    assert "opens no response in 'Just words'" in refused.json()["detail"]
 
 
 def test_score_evaluation_answers_llama_factory(client, reference, rendered):
