@@ -10,8 +10,10 @@ from importlib.metadata import version
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -20,6 +22,7 @@ from armo.model.scales import limits_of, passing, rescale
 from armo.serve import schemas
 from armo.serve.engine import QueueFullError, RowScore, StoppingError, gather
 from armo.serve.guard import Guard, Refusal
+from armo.serve.page import api_page
 from armo.serve.protocols import protocol_routes
 from armo.serve.rows import Row, RowError, RowReader
 from armo.serve.service import ServerSettings, Service, scored
@@ -57,12 +60,12 @@ def create_app(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -
 
     app = FastAPI(
         title="armo",
-        summary=f"Scores of {name}",
+        summary="Scores of conversations, by objective",
         version=version("armo"),
         lifespan=lifespan,
-        responses={
-            code: {"model": schemas.ErrorReply} for code in (400, 401, 408, 413, 422, 500, 503, 504)
-        },
+        responses=_errors(500),
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.service = service
     registry = CollectorRegistry()
@@ -70,8 +73,16 @@ def create_app(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -
     app.add_exception_handler(StarletteHTTPException, _wrong)
     app.add_exception_handler(QueueFullError, _no_room)
     app.add_exception_handler(StoppingError, _no_room)
-    _native_routes(app, service, registry)
-    app.include_router(protocol_routes(service))
+    behind_key: dict[str, Any] = {}
+    if settings.api_key is not None:  # the guard asks for it; this is what the page says of it
+        behind_key = {"dependencies": [Security(HTTPBearer(auto_error=False))]}
+    posted = _errors(400, 401, 408, 413, 422, 503, 504)
+    for routes in (_native_routes(service), protocol_routes(service)):
+        app.include_router(routes, responses=posted, **behind_key)
+    app.include_router(_operations(service, registry), responses=_errors(401), **behind_key)
+    app.include_router(_health(service))
+    page = HTMLResponse(api_page(app.openapi()))
+    app.add_route("/docs", lambda request: page)
 
     def refusal() -> Refusal | None:
         try:
@@ -84,8 +95,8 @@ def create_app(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -
         app,
         check_room=refusal,
         api_key=settings.api_key,
-        open_paths=frozenset({"/health"}),
-        known_paths=frozenset(app.openapi()["paths"]),
+        open_paths=frozenset({"/health", "/docs", "/openapi.json"}),
+        known_paths=frozenset({*app.openapi()["paths"], "/docs", "/openapi.json"}),
         max_body_bytes=settings.max_body_bytes,
         max_requests=settings.max_requests,
         timeout_s=settings.timeout_s,
@@ -95,8 +106,14 @@ def create_app(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -
     return guard
 
 
-def _native_routes(app: FastAPI, service: Service, registry: CollectorRegistry) -> None:
-    @app.post(
+def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    return {code: {"model": schemas.ErrorReply} for code in codes}
+
+
+def _native_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post(
         "/score",
         summary="Conversations in, scores and what they are made of out",
         response_model_exclude_unset=True,
@@ -104,9 +121,9 @@ def _native_routes(app: FastAPI, service: Service, registry: CollectorRegistry) 
     async def score(body: schemas.ScoreRequest, request: Request) -> schemas.ScoreReply:
         service.log(request, body)
         prompt, responses, conversations = body.prompt, body.responses, body.conversations
-        if (conversations is None) == (prompt is None or responses is None) or (
-            conversations is not None and not prompt is responses is None
-        ):
+        neither = prompt is None and responses is None
+        both = prompt is not None and responses is not None
+        if not (both if conversations is None else neither):
             raise HTTPException(422, "send either `conversations`, or `prompt` with `responses`")
         try:
             limits = limits_of(service.model.objectives, body.thresholds or {})
@@ -158,7 +175,7 @@ def _native_routes(app: FastAPI, service: Service, registry: CollectorRegistry) 
             rows=made,
         )
 
-    @app.post("/compare", summary="Why one response is preferred to another")
+    @router.post("/compare", summary="Why one response is preferred to another")
     async def compare(body: schemas.CompareRequest, request: Request) -> schemas.CompareReply:
         service.log(request, body)
 
@@ -172,20 +189,43 @@ def _native_routes(app: FastAPI, service: Service, registry: CollectorRegistry) 
         comparison = service.model.compare_rows(gather(scored(answers)), 0, 1)
         return schemas.CompareReply(**asdict(comparison))
 
-    @app.get("/info", summary="What is served: objectives, scales, fingerprint, limits")
+    return router
+
+
+def _operations(service: Service, registry: CollectorRegistry) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/info", summary="What is served: objectives, scales, fingerprint, limits")
     def info() -> schemas.InfoReply:
         return service.info()
 
-    @app.get("/health", summary="Whether requests are taken")
+    @router.get(
+        "/metrics",
+        summary="Counts, as Prometheus reads them",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}},
+    )
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    return router
+
+
+def _health(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get(
+        "/health",
+        summary="Whether requests are taken",
+        responses={503: {"model": schemas.HealthReply}},
+    )
     async def health(response: Response) -> schemas.HealthReply:
         if service.engine.healthy:
             return schemas.HealthReply(status="ok")
         response.status_code = 503
         return schemas.HealthReply(status="stopping, or the last pass failed; see the log")
 
-    @app.get("/metrics", summary="Counts, as Prometheus reads them", response_class=Response)
-    async def metrics() -> Response:
-        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+    return router
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -195,7 +235,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 async def _wrong(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
-    return Refusal(error.status_code, str(error.detail)).response()
+    return Refusal(error.status_code, str(error.detail), *(error.headers or {}).items()).response()
 
 
 async def _no_room(request: Request, error: Exception) -> Response:
@@ -227,13 +267,18 @@ def serve(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -> Non
     """
     if settings.host not in LOOPBACK and settings.api_key is None:
         logger.warning("%s is open to others, and there is no API key", settings.host)
-    uvicorn.run(
-        create_app(model, name=name, settings=settings),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(settings.timeout_s) + 1,
-    )
+    app = create_app(model, name=name, settings=settings)
+    uvicorn.run(app, **uvicorn_options(settings))
+
+
+def uvicorn_options(settings: ServerSettings) -> dict[str, Any]:
+    """Say how uvicorn serves."""
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_keep_alive": KEEP_ALIVE_S,
+        "timeout_graceful_shutdown": int(settings.timeout_s) + 1,
+    }

@@ -1,7 +1,10 @@
 import base64
+import html
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import socket
 import struct
@@ -320,7 +323,24 @@ def test_info_health_metrics_and_the_openapi_page(client, reference):
     assert 'path="other",status="404"' in client.get("/metrics").text
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/score", "/compare", "/get_reward", "/classify", "/pooling"} <= set(paths)
-    assert client.get("/docs").status_code == 200
+    refused = client.get("/score")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+
+
+def test_the_page_shows_every_route_and_loads_nothing(client):
+    page = client.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    api = client.get("/openapi.json").json()
+    for path in api["paths"]:
+        assert f" {path}</h2>" in page.text
+    for name in api["components"]["schemas"]:
+        assert f'<h2 id="{name}">' in page.text
+    assert set(re.findall(r'href="#(\w*)"', page.text)) <= set(api["components"]["schemas"])
+    assert not re.search(r"<script|<link|src=|https?://(?!HOST)", page.text)
+    for command in re.findall(r"<pre>(curl .*?-d .*?)</pre>", page.text):
+        _, address, *_, body = shlex.split(html.unescape(command))
+        reply = client.post(address.removeprefix("http://HOST:PORT"), json=json.loads(body))
+        assert reply.status_code == 200
 
 
 def test_the_fingerprint_is_that_of_the_folder(causal, tmp_path):
@@ -346,8 +366,10 @@ def test_a_key_is_asked_for_where_there_is_one(causal):
         for headers in ({"Authorization": "Bearer secret"}, {"X-API-Key": "secret"}):
             assert locked.post("/score", json=body, headers=headers).status_code == 200
         assert locked.get("/metrics").status_code == 401
-        assert locked.get("/openapi.json").status_code == 401
-        assert locked.get("/health").status_code == 200
+        assert locked.get("/info").status_code == 401
+        # A browser cannot send the key for a page, and the page is that of every server.
+        for path in ("/health", "/docs", "/openapi.json"):
+            assert locked.get(path).status_code == 200
         bytes_ = {b"authorization": b"Bearer \xff\xfe"}
         assert locked.get("/info", headers=bytes_).status_code == 401
 
@@ -436,7 +458,10 @@ def test_texts_are_logged_only_if_asked_for(causal, caplog):
     body = {"prompt": "a very private question", "responses": ["a very private answer"]}
     for log_texts in (False, True):
         with serving(make_model(causal), log_texts=log_texts) as own:
-            own.post("/score", json=body)
+            assert own.post("/score", json=body).status_code == 200
+            half = json.dumps({**body, "responses": ["\ud800", "a very private answer"]}).encode()
+            headers = {"content-type": "application/json"}
+            assert own.post("/score", content=half, headers=headers).status_code == 200
             own.post("/score", json={**body, "wrong": "a very private field"})
         assert ("private" in caplog.text) is log_texts
 
