@@ -1,7 +1,7 @@
 """Servers of a model in this process."""
 
+import signal
 import threading
-import time
 from contextlib import contextmanager
 
 from starlette.testclient import TestClient
@@ -20,21 +20,17 @@ def serving(model, **settings):
 
 @contextmanager
 def listening(model, **settings):
-    """The port of a server of the model; it ends with the block."""
-    import uvicorn
-
-    from armo.serve.server import create_app, uvicorn_options
+    """A server of the model and its port; it ends with the block."""
+    from armo.serve.server import Server, create_app, listen
     from armo.serve.service import ServerSettings
 
     made = ServerSettings(port=0, **settings)
-    app = create_app(model, name="tiny", settings=made)
-    server = uvicorn.Server(uvicorn.Config(app, **uvicorn_options(made)))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
+    with listen(made) as listener:
+        server = Server(create_app(model, name="tiny", settings=made), made)
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield server, listener.getsockname()[1]
+        finally:
+            server.handle_exit(signal.SIGTERM, None)
+            thread.join()

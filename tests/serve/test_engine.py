@@ -1,3 +1,5 @@
+import math
+import sys
 import threading
 import time
 from concurrent.futures import CancelledError, wait
@@ -206,6 +208,50 @@ def test_a_row_that_the_model_fails_on_does_not_spoil_the_others(engine, model, 
         time.sleep(0.01)
     assert not engine.healthy
     assert isinstance(engine.submit([rows[0]]).result(30)[0], RowScore)
+
+
+def test_a_score_that_is_no_number_is_an_error_of_its_row(engine, model, monkeypatch):
+    rows, embed = read(model, TEXTS[:4]), engine._embed
+
+    def overflow(taken):
+        prompts, responses, truncated = embed(taken)
+        return (
+            prompts,
+            responses.where(torch.tensor([[r is not rows[2]] for r in taken]), math.inf),
+            truncated,
+        )
+
+    monkeypatch.setattr(engine, "_embed", overflow)
+    answers = engine.submit(rows).result(30)
+    assert [isinstance(answer, PassError) for answer in answers] == [False, False, True, False]
+
+
+def test_a_request_that_is_cancelled_between_its_passes_leaves_nothing(engine, model, monkeypatch):
+    go, started, sizes = held(engine, monkeypatch)
+    rows = read(model, [conversation(f"Q{k}?", "word " * 60) for k in range(30)])
+    gone, kept = engine.submit(rows), engine.submit(rows[:1])
+    assert started.wait(30)
+    assert gone.cancel()
+    go.set()
+    assert isinstance(kept.result(30)[0], RowScore)
+    assert len(sizes) == 2
+    assert sizes[0] < 30
+    counts = engine.counts
+    assert (counts.pending_tokens, counts.pending_rows, counts.cancelled) == (0, 0, 0)
+
+
+def test_an_engine_whose_thread_died_takes_nothing(model, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    engine = ScoringEngine(model, queue_tokens=4096)
+    monkeypatch.setattr(engine, "_run", lambda rows: sys.exit())
+    lost = engine.submit(read(model, TEXTS[:1]))
+    engine._thread.join(30)
+    assert not engine.healthy
+    with pytest.raises(StoppingError):
+        engine.submit(read(model, TEXTS[:1]))
+    with pytest.raises(StoppingError):
+        engine.check_room()
+    assert not lost.done()
 
 
 def test_weights_that_cannot_be_mixed_are_refused(engine, model):

@@ -14,8 +14,7 @@ EXCLUDED = "positive_data_acceptance"
 
 @pytest.mark.parametrize("key", [None, "secret"])
 def test_the_server_does_what_its_page_says(causal, tmp_path, key):
-    pytest.importorskip("schemathesis")
-    with listening(make_model(causal), api_key=key) as port:
+    with listening(make_model(causal), api_key=key) as (_, port):
         command = [sys.executable, "-m", "schemathesis.cli", "run"]
         command += [f"http://127.0.0.1:{port}/openapi.json", "--exclude-checks", EXCLUDED]
         command += ["--phases", "examples,coverage,fuzzing", "--max-examples", "30", "--seed", "0"]

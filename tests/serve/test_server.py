@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
@@ -19,10 +20,11 @@ import torch
 from conftest import conversation, make_model
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import serving
+from serving import listening, serving
 
 from armo.embed.backbone import load_backbone
 from armo.embed.spec import BackboneSpec
+from armo.serve.server import listen
 from armo.serve.service import ServerSettings
 
 ROWS = [
@@ -464,6 +466,53 @@ def test_texts_are_logged_only_if_asked_for(causal, caplog):
             assert own.post("/score", content=half, headers=headers).status_code == 200
             own.post("/score", json={**body, "wrong": "a very private field"})
         assert ("private" in caplog.text) is log_texts
+
+
+def test_a_body_that_is_not_sent_as_json_is_named(client):
+    for headers in ({"content-type": "text/plain"}, {}):
+        refused = client.post("/score", content=b'{"prompt": "Q"}', headers=headers)
+        assert refused.status_code == 422
+        assert "Content-Type: application/json" in refused.json()["detail"]
+
+
+def test_what_runs_when_the_server_is_told_to_stop_is_answered_and_told_to_leave(causal):
+    """Else a client would ask again on a connection that is about to be closed."""
+    with listening(make_model(causal)) as (server, port):
+        engine = server.config.app.app.state.service.engine
+        go, started, embed = threading.Event(), threading.Event(), engine._embed
+
+        def slow(rows):
+            started.set()
+            assert go.wait(30)
+            return embed(rows)
+
+        url = f"http://127.0.0.1:{port}"
+        with httpx2.Client(base_url=url, timeout=30) as kept, ThreadPoolExecutor(1) as pool:
+            assert "connection" not in kept.get("/health").headers
+            engine._embed = slow
+            asking = pool.submit(kept.post, "/score", json={"conversations": ROWS})
+            assert started.wait(30)
+            server.handle_exit(signal.SIGTERM, None)
+            go.set()
+            reply = asking.result(30)
+    assert reply.status_code == 200
+    assert reply.headers["connection"] == "close"
+
+
+def test_what_is_written_to_a_connection_is_sent_at_once():
+    with (
+        listen(ServerSettings(port=0)) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_port_that_is_taken_is_an_error():
+    with listen(ServerSettings(port=0)) as taken:
+        settings = ServerSettings(port=taken.getsockname()[1])
+        with pytest.raises(OSError, match="Address already in use"):
+            listen(settings)
 
 
 JSON = st.recursive(
