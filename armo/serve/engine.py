@@ -291,15 +291,18 @@ class ScoringEngine:
         try:
             answers: Sequence[Answer] = self._score(rows)
         except Exception as error:
-            if len(rows) > 1:
+            # Where the backbone's own server is away, no part of them fares better.
+            if len(rows) > 1 and not isinstance(error, ConnectionError):
                 half = len(rows) // 2
                 early, late = self._run(rows[:half]), self._run(rows[half:])
                 return early and late
             if isinstance(error, BackboneError):
                 answers = [RowError(str(error))]
             else:
-                logger.exception("a row of %d tokens failed", rows[0][0].rows[rows[0][1]].cost)
-                answers = [PassError("the model failed on this row; the log says why")]
+                cost = sum(request.rows[number].cost for request, number in rows)
+                logger.exception("%d rows of %d tokens failed", len(rows), cost)
+                reason = "the model failed on this row; the log says why"
+                answers = [PassError(reason) for _ in rows]
         self._hand_out(rows, answers)
         return all(isinstance(answer, PassError) for answer in answers)
 

@@ -75,6 +75,7 @@ def create_app(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -
     app.add_exception_handler(StarletteHTTPException, _wrong)
     app.add_exception_handler(QueueFullError, _no_room)
     app.add_exception_handler(StoppingError, _no_room)
+    app.add_exception_handler(Exception, _failed)
     behind_key: dict[str, Any] = {}
     if settings.api_key is not None:  # the guard asks for it; this is what the page says of it
         behind_key = {"dependencies": [Security(HTTPBearer(auto_error=False))]}
@@ -245,6 +246,10 @@ async def _wrong(request: Request, error: Exception) -> Response:
 
 async def _no_room(request: Request, error: Exception) -> Response:
     return _refusal(error).response()
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return Refusal(500, "the server failed; its log says why").response()
 
 
 def _refusal(error: Exception) -> Refusal:

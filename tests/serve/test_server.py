@@ -475,6 +475,14 @@ def test_a_body_that_is_not_sent_as_json_is_named(client):
         assert "Content-Type: application/json" in refused.json()["detail"]
 
 
+def test_a_fault_of_the_server_is_said_in_json(causal):
+    with serving(make_model(causal)) as own:
+        own.app.app.state.service.engine.submit = None
+        failed = own.post("/score", json={"conversations": ROWS})
+    assert failed.status_code == 500
+    assert failed.json() == {"detail": "the server failed; its log says why"}
+
+
 def test_what_runs_when_the_server_is_told_to_stop_is_answered_and_told_to_leave(causal):
     """Else a client would ask again on a connection that is about to be closed."""
     with listening(make_model(causal)) as (server, port):
