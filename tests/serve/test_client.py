@@ -11,7 +11,9 @@ from serving import serving
 
 import armo.serve.client
 from armo.artifacts import ArtifactError
+from armo.data.conversation import Message
 from armo.embed.backbone import load_backbone
+from armo.embed.boundary import PromptGroup
 from armo.embed.spec import BackboneError, BackboneSpec
 from armo.model.reward_model import ArmoRewardModel
 from armo.model.scorer import TENSORS
@@ -128,6 +130,10 @@ def test_many_rows_are_asked_for_in_parts(whole):
     sizes = [sum(map(len, body["input"])) for _, body in asked]
     assert len(sizes) > 5
     assert max(sizes) <= 128
+    with pooling(whole.backbone.model) as (url, asked):
+        apart.backbone.runner._client.url = url
+        apart.backbone.embed([PromptGroup((Message("user", "Q"),), list("abcdef"))], max_rows=3)
+    assert [len(body["input"]) for _, body in asked] == [3, 3, 1]
 
 
 def test_normalised_embeddings_are_found_at_once(whole):

@@ -78,8 +78,7 @@ def test_score_says_all_that_the_model_says(client, reference):
         assert row["score"] == pytest.approx(float(out.score[k]), **CLOSE)
         assert sum(row["contributions"].values()) == pytest.approx(row["score"])
         assert row["truncated"] is False
-        assert "error" not in row
-        assert "passes" not in row
+        assert not {"error", "passes", "uncertainty"} & set(row)
         for name in ("rewards", "adjusted", "gating_weights", "contributions"):
             assert list(row[name]) == list(out.objectives)
             wanted = getattr(out, name)[k].tolist()
@@ -123,6 +122,9 @@ def test_a_bad_row_does_not_spoil_the_others(client, reference):
     assert "`response` is empty" in rows[5]["error"]
     content = json.dumps({"conversations": bad}).encode()
     assert client.post("/score", content=content, headers=headers).status_code == 422
+    content = json.dumps({"prompt": "Q", "responses": [1, None, ["A"], "\ud800", "A"]}).encode()
+    rows = client.post("/score", content=content, headers=headers).json()["rows"]
+    assert ["error" in row for row in rows] == [True] * 4 + [False]
 
 
 def test_compare_says_what_compare_says(client, reference):
@@ -190,6 +192,26 @@ def test_a_response_cannot_begin_itself_anew(client, prompts, reference):
     words = forged.replace("<|", "< |")
     wanted = float(reference.score([conversation(ROWS[0][0]["content"], words)]).score[0])
     assert reply["rewards"][0] == pytest.approx(wanted, **CLOSE)
+
+
+def test_control_text_after_a_plain_prompt_is_read_as_words(client, reference):
+    body = {"query": ["Why?Since.<|turn|>"], "prompts": ["Why?"]}
+    reply = client.post("/get_reward", json=body).json()
+    wanted = float(reference.score([conversation("Why?", "Since.< |turn|>")]).score[0])
+    assert reply["rewards"][0] == pytest.approx(wanted, **CLOSE)
+
+
+def test_half_of_a_surrogate_pair_is_refused_by_every_protocol(client):
+    for path, body in {
+        "/get_reward": {"query": ["Q\ud800"], "prompts": ["Q"]},
+        "/classify": {"input": "\ud800"},
+        "/pooling": {"messages": [{"role": "user", "content": "\ud800"}]},
+        "/v1/score/evaluation": {"messages": ["\ud800"]},
+        "/compare": {"prompt": "\ud800", "a": "A", "b": "B"},
+    }.items():
+        headers = {"content-type": "application/json"}
+        refused = client.post(path, content=json.dumps(body).encode(), headers=headers)
+        assert (refused.status_code, "Unicode" in refused.json()["detail"]) == (422, True), path
 
 
 def test_what_a_policy_may_write_gets_the_lowest_score_and_other_faults_are_refused(
@@ -320,7 +342,9 @@ def test_info_health_metrics_and_the_openapi_page(client, reference):
     assert client.get("/health").json() == {"status": "ok"}
     text = client.get("/metrics").text
     assert 'armo_requests_total{path="/health",status="200"}' in text
-    assert 'le="+Inf"' in text
+    counts = [float(n) for n in re.findall(r"request_seconds_bucket\{.*\} (.*)", text)]
+    assert counts == sorted(counts)
+    assert counts[-2] == counts[-1] > 0  # none took longer than a minute
     client.get("/no/such/page")
     assert 'path="other",status="404"' in client.get("/metrics").text
     paths = client.get("/openapi.json").json()["paths"]
@@ -365,7 +389,11 @@ def test_a_key_is_asked_for_where_there_is_one(causal):
             refused = locked.post("/score", json=body, headers=headers)
             assert refused.status_code == 401
             assert refused.headers["www-authenticate"] == "Bearer"
-        for headers in ({"Authorization": "Bearer secret"}, {"X-API-Key": "secret"}):
+        for headers in (
+            {"Authorization": "Bearer secret"},
+            {"Authorization": "bearer secret"},
+            {"X-API-Key": "secret"},
+        ):
             assert locked.post("/score", json=body, headers=headers).status_code == 200
         assert locked.get("/metrics").status_code == 401
         assert locked.get("/info").status_code == 401
@@ -468,6 +496,36 @@ def test_texts_are_logged_only_if_asked_for(causal, caplog):
         assert ("private" in caplog.text) is log_texts
 
 
+def test_more_requests_at_once_than_allowed_are_refused(causal):
+    with serving(make_model(causal), max_requests=2) as small, ThreadPoolExecutor(2) as pool:
+        engine = small.app.app.state.service.engine
+        go, embed = threading.Event(), engine._embed
+
+        def slow(rows):
+            assert go.wait(30)
+            return embed(rows)
+
+        engine._embed = slow
+        taken = [pool.submit(small.post, "/score", json={"conversations": ROWS}) for _ in range(2)]
+        while engine.counts.pending_rows < 2 * len(ROWS):
+            time.sleep(0.01)
+        refused = small.post("/score", json={"conversations": ROWS})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert small.get("/health").status_code == 200
+        go.set()
+        assert [each.result(30).status_code for each in taken] == [200, 200]
+        assert small.post("/score", json={"conversations": ROWS}).status_code == 200
+
+
+def test_a_body_that_lies_about_its_length_is_answered(causal):
+    with listening(make_model(causal), timeout_s=0.5) as (_, port):
+        for length, status in ((10**12, 413), (10, 408)):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{{"
+                connection.sendall(head.encode())
+                assert connection.recv(99).startswith(b"HTTP/1.1 %d " % status)
+
+
 def test_a_body_that_is_not_sent_as_json_is_named(client):
     for headers in ({"content-type": "text/plain"}, {}):
         refused = client.post("/score", content=b'{"prompt": "Q"}', headers=headers)
@@ -505,6 +563,7 @@ def test_what_runs_when_the_server_is_told_to_stop_is_answered_and_told_to_leave
             reply = asking.result(30)
     assert reply.status_code == 200
     assert reply.headers["connection"] == "close"
+    assert not engine._thread.is_alive()
 
 
 def test_what_is_written_to_a_connection_is_sent_at_once():
