@@ -34,3 +34,20 @@ def listening(model, **settings):
         finally:
             server.handle_exit(signal.SIGTERM, None)
             thread.join()
+
+
+@contextmanager
+def held(engine):
+    """Let passes wait until the block ends; an event says that one has begun."""
+    started, go, embed = threading.Event(), threading.Event(), engine._embed
+
+    def slow(rows):
+        started.set()
+        assert go.wait(30)
+        return embed(rows)
+
+    engine._embed = slow
+    try:
+        yield started
+    finally:
+        go.set()

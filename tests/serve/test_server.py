@@ -20,7 +20,7 @@ import torch
 from conftest import conversation, make_model
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import listening, serving
+from serving import held, listening, serving
 
 from armo.embed.backbone import load_backbone
 from armo.embed.spec import BackboneSpec
@@ -427,15 +427,6 @@ def test_limits_of_bytes_rows_and_tokens(causal):
 
 def test_a_full_queue_answers_503_with_retry_after(causal):
     with serving(make_model(causal), queue_tokens=200) as small:
-        engine = small.app.app.state.service.engine
-        go, started, embed = threading.Event(), threading.Event(), engine._embed
-
-        def slow(rows):
-            started.set()
-            assert go.wait(30)
-            return embed(rows)
-
-        engine._embed = slow
         replies = []
 
         def ask(k):
@@ -443,14 +434,14 @@ def test_a_full_queue_answers_503_with_retry_after(causal):
             replies.append(small.post("/score", json=body))
 
         threads = [threading.Thread(target=ask, args=(k,)) for k in range(12)]
-        threads[0].start()
-        assert started.wait(30)
-        for thread in threads[1:]:
-            thread.start()
-        deadline = time.monotonic() + 30
-        while not any(r.status_code == 503 for r in replies) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        go.set()
+        with held(small.app.app.state.service.engine) as started:
+            threads[0].start()
+            assert started.wait(30)
+            for thread in threads[1:]:
+                thread.start()
+            deadline = time.monotonic() + 30
+            while not any(r.status_code == 503 for r in replies) and time.monotonic() < deadline:
+                time.sleep(0.01)
         for thread in threads:
             thread.join(30)
     refused = [reply for reply in replies if reply.status_code == 503]
@@ -464,18 +455,9 @@ def test_a_full_queue_answers_503_with_retry_after(causal):
 def test_a_request_that_takes_too_long_is_answered_and_taken_back(causal):
     with serving(make_model(causal), timeout_s=0.3) as hasty:
         engine = hasty.app.app.state.service.engine
-        go, embed = threading.Event(), engine._embed
-
-        def slow(rows):
-            assert go.wait(30)
-            return embed(rows)
-
-        engine._embed = slow
-        late = hasty.post("/score", json={"conversations": ROWS})
-        assert late.status_code == 504
-        waiting = hasty.post("/score", json={"conversations": ROWS})
-        assert waiting.status_code == 504
-        go.set()
+        with held(engine):
+            for _ in range(2):
+                assert hasty.post("/score", json={"conversations": ROWS}).status_code == 504
         deadline = time.monotonic() + 30
         while engine.counts.pending_rows and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -497,24 +479,19 @@ def test_texts_are_logged_only_if_asked_for(causal, caplog):
 
 
 def test_more_requests_at_once_than_allowed_are_refused(causal):
-    with serving(make_model(causal), max_requests=2) as small, ThreadPoolExecutor(2) as pool:
+    body = {"conversations": ROWS}
+    with serving(make_model(causal), max_requests=2) as small, ThreadPoolExecutor(3) as pool:
         engine = small.app.app.state.service.engine
-        go, embed = threading.Event(), engine._embed
-
-        def slow(rows):
-            assert go.wait(30)
-            return embed(rows)
-
-        engine._embed = slow
-        taken = [pool.submit(small.post, "/score", json={"conversations": ROWS}) for _ in range(2)]
-        while engine.counts.pending_rows < 2 * len(ROWS):
-            time.sleep(0.01)
-        refused = small.post("/score", json={"conversations": ROWS})
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert small.get("/health").status_code == 200
-        go.set()
+        with held(engine):
+            taken = [pool.submit(small.post, "/score", json=body) for _ in range(2)]
+            deadline = time.monotonic() + 30
+            while engine.counts.pending_rows < 2 * len(ROWS) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            refused = pool.submit(small.post, "/score", json=body).result(10)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert small.get("/health").status_code == 200
         assert [each.result(30).status_code for each in taken] == [200, 200]
-        assert small.post("/score", json={"conversations": ROWS}).status_code == 200
+        assert small.post("/score", json=body).status_code == 200
 
 
 def test_a_body_that_lies_about_its_length_is_answered(causal):
@@ -545,21 +522,13 @@ def test_what_runs_when_the_server_is_told_to_stop_is_answered_and_told_to_leave
     """Else a client would ask again on a connection that is about to be closed."""
     with listening(make_model(causal)) as (server, port):
         engine = server.config.app.app.state.service.engine
-        go, started, embed = threading.Event(), threading.Event(), engine._embed
-
-        def slow(rows):
-            started.set()
-            assert go.wait(30)
-            return embed(rows)
-
         url = f"http://127.0.0.1:{port}"
         with httpx2.Client(base_url=url, timeout=30) as kept, ThreadPoolExecutor(1) as pool:
             assert "connection" not in kept.get("/health").headers
-            engine._embed = slow
-            asking = pool.submit(kept.post, "/score", json={"conversations": ROWS})
-            assert started.wait(30)
-            server.handle_exit(signal.SIGTERM, None)
-            go.set()
+            with held(engine) as started:
+                asking = pool.submit(kept.post, "/score", json={"conversations": ROWS})
+                assert started.wait(30)
+                server.handle_exit(signal.SIGTERM, None)
             reply = asking.result(30)
     assert reply.status_code == 200
     assert reply.headers["connection"] == "close"
