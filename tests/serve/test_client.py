@@ -133,7 +133,7 @@ def test_many_rows_are_asked_for_in_parts(whole):
     with pooling(whole.backbone.model) as (url, asked):
         apart.backbone.runner._client.url = url
         apart.backbone.embed([PromptGroup((Message("user", "Q"),), list("abcdef"))], max_rows=3)
-    assert [len(body["input"]) for _, body in asked] == [3, 3, 1]
+    assert sorted(len(body["input"]) for _, body in asked) == [1, 3, 3]
 
 
 def test_normalised_embeddings_are_found_at_once(whole):
