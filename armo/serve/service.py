@@ -65,8 +65,9 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_body_bytes", "max_requests", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and value > 0):
+                raise ValueError(f"`{name}` must be a positive number, got {value}")
         if self.limit is not None and not 0.0 < self.limit < math.inf:
             raise ValueError(f"`limit` must be a finite number above zero, got {self.limit}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):

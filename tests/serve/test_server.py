@@ -410,6 +410,14 @@ def test_a_key_that_no_header_can_carry_is_refused(key):
         ServerSettings(api_key=key)
 
 
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, "many", None])
+def test_a_limit_that_is_no_positive_number_is_refused(value):
+    for name in ("max_rows", "max_body_bytes", "max_requests", "timeout_s"):
+        with pytest.raises(ValueError, match=f"`{name}` must be a positive number"):
+            ServerSettings(**{name: value})
+
+
 def test_limits_of_bytes_rows_and_tokens(causal):
     limits = {"max_body_bytes": 4000, "max_rows": 3, "queue_tokens": 200}
     with serving(make_model(causal), **limits) as small:
