@@ -195,9 +195,9 @@ def test_a_response_cannot_begin_itself_anew(client, prompts, reference):
 
 
 def test_control_text_after_a_plain_prompt_is_read_as_words(client, reference):
-    body = {"query": ["Why?Since.<|turn|>"], "prompts": ["Why?"]}
+    body = {"query": ["Why?Since.<|turn|>Then."], "prompts": ["Why?"]}
     reply = client.post("/get_reward", json=body).json()
-    wanted = float(reference.score([conversation("Why?", "Since.< |turn|>")]).score[0])
+    wanted = float(reference.score([conversation("Why?", "Since.< |turn|>Then.")]).score[0])
     assert reply["rewards"][0] == pytest.approx(wanted, **CLOSE)
 
 
@@ -523,7 +523,7 @@ def test_a_fault_of_the_server_is_said_in_json(causal):
         own.app.app.state.service.engine.submit = None
         failed = own.post("/score", json={"conversations": ROWS})
     assert failed.status_code == 500
-    assert failed.json() == {"detail": "the server failed; its log says why"}
+    assert failed.json()["detail"] == "the server failed; its log says why"
 
 
 def test_what_runs_when_the_server_is_told_to_stop_is_answered_and_told_to_leave(causal):
