@@ -4,7 +4,9 @@ That server is vLLM or one that answers like its `/pooling` route: token ids in,
 the last token after the final norm out, not normalised to length 1.
 """
 
+import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -27,10 +29,17 @@ from armo.model.reward_model import ArmoRewardModel
 
 # Requests at once: the other server makes batches of what it gets together.
 CONNECTIONS = 8
+# Seconds before it is asked again: what a server that is busy, or a connection that breaks, needs.
+RETRY_S = (0.5, 2.0)
+BUSY = (429, 502, 503, 504)
 
 
 class RemoteError(RuntimeError):
     """The other server cannot be reached, or does not answer with embeddings."""
+
+
+class AwayError(RemoteError, ConnectionError):
+    """The other server cannot be reached, or is busy: no request would be answered."""
 
 
 class PoolingClient:
@@ -45,7 +54,7 @@ class PoolingClient:
             url: Its address, without a route.
             model: What it calls the model, where it must be told.
             api_key: What it asks for, if anything.
-            timeout_s: Of a request.
+            timeout_s: Of a request; after it none is sent again.
 
         Raises:
             ValueError: If `url` is no address of HTTP.
@@ -63,31 +72,48 @@ class PoolingClient:
         """Give the hidden state of the last token of each row of ids.
 
         Raises:
-            RemoteError: If there is no answer, or one of another form.
+            AwayError: If there is no answer, however often it is asked.
+            RemoteError: If it refuses, or answers in another form.
         """
         # vLLM has called what normalises an embedding by either name.
         body = {"input": rows, "task": "embed", "use_activation": False, "normalize": False}
         if self._model is not None:
             body["model"] = self._model
-        place = f"{self.url}/pooling"
-        request = urllib.request.Request(place, json.dumps(body).encode(), self._headers)
+        request = urllib.request.Request(
+            f"{self.url}/pooling", json.dumps(body).encode(), self._headers
+        )
+        until = time.monotonic() + self._timeout_s
+        for pause_s in RETRY_S:
+            try:
+                return self._states(self._ask(request), len(rows))
+            except AwayError:
+                if time.monotonic() + pause_s > until:
+                    raise
+                time.sleep(pause_s)
+        return self._states(self._ask(request), len(rows))
+
+    def _ask(self, request: urllib.request.Request) -> Any:
+        place = request.full_url
         try:
             with urllib.request.urlopen(request, timeout=self._timeout_s) as reply:
-                answer = json.load(reply)
+                return json.load(reply)
         except urllib.error.HTTPError as error:
             reason = " ".join(error.read(500).decode(errors="replace").split())
-            raise RemoteError(f"{place} answers {error.code}: {reason}") from None
-        except (OSError, ValueError) as error:
-            raise RemoteError(f"{place} does not answer: {error}") from None
-        return self._states(answer, len(rows))
+            kind = AwayError if error.code in BUSY else RemoteError
+            raise kind(f"{place} answers {error.code}: {reason}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise AwayError(f"{place} does not answer: {error}") from None
+        except ValueError as error:
+            raise RemoteError(f"{place} does not answer with JSON: {error}") from None
 
     def _states(self, answer: Any, count: int) -> Tensor:
         try:
             parts = sorted(answer["data"], key=lambda part: part["index"])
+            numbers = [part["index"] for part in parts]
             values = torch.tensor([part["data"] for part in parts], dtype=torch.float32)
         except (KeyError, TypeError, ValueError):
-            values = torch.empty(0)
-        if values.ndim != 2 or len(values) != count:
+            numbers, values = [], torch.empty(0)
+        if values.ndim != 2 or numbers != list(range(count)):
             raise RemoteError(
                 f"{self.url}/pooling does not answer with one embedding for each of {count} rows; "
                 f"vLLM needs `--runner pooling --convert embed`"
@@ -152,6 +178,11 @@ class RemoteRunner:
             batches[-1].append(k)
         asked = [[plan.sequences[k].ids for k in batch] for batch in batches]
         for batch, states in zip(batches, self._pool.map(self._client.embed, asked), strict=True):
+            if states.shape[1] != self.dim:
+                raise RemoteError(
+                    f"{self._client.url} now gives embeddings of width {states.shape[1]}, not of "
+                    f"{self.dim} as at the start: another model runs there"
+                )
             for k, state in zip(batch, states, strict=True):
                 sequence = plan.sequences[k]
                 (span,) = sequence.spans

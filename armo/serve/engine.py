@@ -184,8 +184,7 @@ class ScoringEngine:
         future: Future[list[Answer]] = Future()
         request = _Request(rows, weights, future, [None] * len(rows), len(rows))
         with self._changed:
-            if self._stopping:
-                raise StoppingError("the server is stopping")
+            self._check_running()
             if self._counts.pending_tokens + cost > self.queue_tokens:
                 self._count(refused=1)
                 raise QueueFullError(self._retry_after_s())
@@ -205,8 +204,7 @@ class ScoringEngine:
             StoppingError: If the engine was stopped.
         """
         with self._changed:
-            if self._stopping:
-                raise StoppingError("the server is stopping")
+            self._check_running()
             counts = self._counts
             average = counts.pending_tokens / max(1, counts.pending_rows)
             if counts.pending_tokens + average > self.queue_tokens:
@@ -231,6 +229,10 @@ class ScoringEngine:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
+
+    def _check_running(self) -> None:
+        if self._stopping or not self._thread.is_alive():
+            raise StoppingError("the server is stopping")
 
     def _retry_after_s(self) -> int:
         if self._tokens_per_s == 0.0:
@@ -289,15 +291,18 @@ class ScoringEngine:
         try:
             answers: Sequence[Answer] = self._score(rows)
         except Exception as error:
-            if len(rows) > 1:
+            # Where the backbone's own server is away, no part of them fares better.
+            if len(rows) > 1 and not isinstance(error, ConnectionError):
                 half = len(rows) // 2
                 early, late = self._run(rows[:half]), self._run(rows[half:])
                 return early and late
             if isinstance(error, BackboneError):
                 answers = [RowError(str(error))]
             else:
-                logger.exception("a row of %d tokens failed", rows[0][0].rows[rows[0][1]].cost)
-                answers = [PassError("the model failed on this row; the log says why")]
+                cost = sum(request.rows[number].cost for request, number in rows)
+                logger.exception("%d rows of %d tokens failed", len(rows), cost)
+                reason = "the model failed on this row; the log says why"
+                answers = [PassError(reason) for _ in rows]
         self._hand_out(rows, answers)
         return all(isinstance(answer, PassError) for answer in answers)
 
@@ -316,6 +321,9 @@ class ScoringEngine:
                 texts=[taken[k].text for k in numbers],
                 weights=None if weights is None else dict(weights),
             )
+            # Of half-precision backbones that overflow; split passes tell which row it is.
+            if not bool(out.score.isfinite().all()):
+                raise FloatingPointError("the score is not a finite number")
             out = replace(out, truncated=truncated[numbers])
             answers |= {k: RowScore(out, row) for row, k in enumerate(numbers)}
         return [answers[k] for k in range(len(rows))]

@@ -16,7 +16,11 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, f
 
 
 class Guard:
-    """Wraps an application: refuses what it should not see, and measures what it does."""
+    """Wraps an application: refuses what it should not see, and measures what it does.
+
+    Attributes:
+        leaving: Whether clients are told to ask nothing more on their connections.
+    """
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class Guard:
             timeout_s: From the first byte of a request to its answer.
         """
         self.app = app
+        self.leaving = False
         self._check_room = check_room
         self._api_key = None if api_key is None else api_key.encode()
         self._open_paths = open_paths
@@ -69,6 +74,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 body.answered = True
+                if self.leaving:
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
         self._running += 1

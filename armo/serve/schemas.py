@@ -7,9 +7,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SkipValidation,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
     TypeAdapter,
     ValidationError,
-    WithJsonSchema,
 )
 
 from armo.data.conversation import ROLES, Conversation, Message, check_text
@@ -36,21 +39,27 @@ _TURNS = TypeAdapter(list[Turn])
 assert ROLES == ("system", "user", "assistant", "tool")
 
 # Each row is checked by itself, so that a wrong one does not spoil the others of a request.
-AnyConversation = Annotated[Any, WithJsonSchema(_TURNS.json_schema() | {"title": "Conversation"})]
-AnyText = Annotated[Any, WithJsonSchema({"type": "string"})]
+AnyConversation = SkipValidation[list[Turn]]
+AnyText = SkipValidation[str]
+
+_QUESTION, _NO, _YES = "Is honey safe for babies?", "Not before their first birthday.", "Yes."
+
+
+def _shown(**fields: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [fields]})
 
 
 class ScoreRequest(BaseModel):
     """Conversations, each ending with the assistant's answer; or a prompt with responses."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _shown(prompt=_QUESTION, responses=[_NO, _YES]) | ConfigDict(extra="forbid")
 
     conversations: list[AnyConversation] | None = Field(default=None, min_length=1)
     prompt: Text | list[Turn] | None = None
     responses: list[AnyText] | None = Field(default=None, min_length=1)
-    weights: dict[str, float] | None = None
+    weights: dict[str, StrictFloat] | None = None
     scale: Literal["raw", "rating", "standard"] = "raw"
-    thresholds: dict[str, float] | None = None
+    thresholds: dict[str, StrictFloat] | None = None
 
 
 class ScoredRow(BaseModel):
@@ -81,7 +90,7 @@ class ScoreReply(BaseModel):
 class CompareRequest(BaseModel):
     """Two responses to one prompt."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _shown(prompt=_QUESTION, a=_NO, b=_YES) | ConfigDict(extra="forbid")
 
     prompt: Text | list[Turn]
     a: Text
@@ -101,6 +110,8 @@ class CompareReply(BaseModel):
 class GetRewardRequest(BaseModel):
     """What OpenRLHF sends: whole decoded texts, their prompts, and labels, which are not used."""
 
+    model_config = _shown(query=[_QUESTION + _NO, _QUESTION + _YES], prompts=[_QUESTION] * 2)
+
     query: list[Text] = Field(min_length=1)
     prompts: list[Text] | None = None
     labels: Any = None
@@ -117,6 +128,10 @@ class GetRewardReply(BaseModel):
 class PooledRequest(BaseModel):
     """Texts as the backbone's chat template renders them, or the messages of a conversation."""
 
+    model_config = _shown(
+        messages=[{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _NO}]
+    )
+
     model: str | None = None
     input: Text | list[Text] | None = None
     messages: list[Turn] | None = None
@@ -125,8 +140,8 @@ class PooledRequest(BaseModel):
 class ClassifyRequest(PooledRequest):
     """What a client of vLLM's `/classify` sends."""
 
-    use_activation: bool | None = None
-    activation: bool | None = None
+    use_activation: StrictBool | None = None
+    activation: StrictBool | None = None
 
 
 class PoolingRequest(PooledRequest):
@@ -140,7 +155,7 @@ class EmbeddingsRequest(PooledRequest):
     """What a client of OpenAI's `/v1/embeddings` sends."""
 
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
+    dimensions: StrictInt | None = None
 
 
 class ClassifyDatum(BaseModel):
@@ -198,7 +213,7 @@ class EvaluationRequest(BaseModel):
 
     model: str | None = None
     messages: list[Text] = Field(min_length=1)
-    max_length: int | None = None
+    max_length: StrictInt | None = None
 
 
 class EvaluationReply(BaseModel):

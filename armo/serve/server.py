@@ -3,15 +3,19 @@
 import asyncio
 import logging
 import math
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -20,6 +24,7 @@ from armo.model.scales import limits_of, passing, rescale
 from armo.serve import schemas
 from armo.serve.engine import QueueFullError, RowScore, StoppingError, gather
 from armo.serve.guard import Guard, Refusal
+from armo.serve.page import api_page
 from armo.serve.protocols import protocol_routes
 from armo.serve.rows import Row, RowError, RowReader
 from armo.serve.service import ServerSettings, Service, scored
@@ -57,12 +62,12 @@ def create_app(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -
 
     app = FastAPI(
         title="armo",
-        summary=f"Scores of {name}",
+        summary="Scores of conversations, by objective",
         version=version("armo"),
         lifespan=lifespan,
-        responses={
-            code: {"model": schemas.ErrorReply} for code in (400, 401, 408, 413, 422, 500, 503, 504)
-        },
+        responses=_errors(500),
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.service = service
     registry = CollectorRegistry()
@@ -70,8 +75,17 @@ def create_app(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -
     app.add_exception_handler(StarletteHTTPException, _wrong)
     app.add_exception_handler(QueueFullError, _no_room)
     app.add_exception_handler(StoppingError, _no_room)
-    _native_routes(app, service, registry)
-    app.include_router(protocol_routes(service))
+    app.add_exception_handler(Exception, _failed)
+    behind_key: dict[str, Any] = {}
+    if settings.api_key is not None:  # the guard asks for it; this is what the page says of it
+        behind_key = {"dependencies": [Security(HTTPBearer(auto_error=False))]}
+    posted = _errors(400, 401, 408, 413, 422, 503, 504)
+    for routes in (_native_routes(service), protocol_routes(service)):
+        app.include_router(routes, responses=posted, **behind_key)
+    app.include_router(_operations(service, registry), responses=_errors(401), **behind_key)
+    app.include_router(_health(service))
+    page = HTMLResponse(api_page(app.openapi()))
+    app.add_route("/docs", lambda request: page)
 
     def refusal() -> Refusal | None:
         try:
@@ -84,8 +98,8 @@ def create_app(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -
         app,
         check_room=refusal,
         api_key=settings.api_key,
-        open_paths=frozenset({"/health"}),
-        known_paths=frozenset(app.openapi()["paths"]),
+        open_paths=frozenset({"/health", "/docs", "/openapi.json"}),
+        known_paths=frozenset({*app.openapi()["paths"], "/docs", "/openapi.json"}),
         max_body_bytes=settings.max_body_bytes,
         max_requests=settings.max_requests,
         timeout_s=settings.timeout_s,
@@ -95,8 +109,14 @@ def create_app(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -
     return guard
 
 
-def _native_routes(app: FastAPI, service: Service, registry: CollectorRegistry) -> None:
-    @app.post(
+def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    return {code: {"model": schemas.ErrorReply} for code in codes}
+
+
+def _native_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post(
         "/score",
         summary="Conversations in, scores and what they are made of out",
         response_model_exclude_unset=True,
@@ -104,9 +124,9 @@ def _native_routes(app: FastAPI, service: Service, registry: CollectorRegistry) 
     async def score(body: schemas.ScoreRequest, request: Request) -> schemas.ScoreReply:
         service.log(request, body)
         prompt, responses, conversations = body.prompt, body.responses, body.conversations
-        if (conversations is None) == (prompt is None or responses is None) or (
-            conversations is not None and not prompt is responses is None
-        ):
+        neither = prompt is None and responses is None
+        both = prompt is not None and responses is not None
+        if not (both if conversations is None else neither):
             raise HTTPException(422, "send either `conversations`, or `prompt` with `responses`")
         try:
             limits = limits_of(service.model.objectives, body.thresholds or {})
@@ -158,7 +178,7 @@ def _native_routes(app: FastAPI, service: Service, registry: CollectorRegistry) 
             rows=made,
         )
 
-    @app.post("/compare", summary="Why one response is preferred to another")
+    @router.post("/compare", summary="Why one response is preferred to another")
     async def compare(body: schemas.CompareRequest, request: Request) -> schemas.CompareReply:
         service.log(request, body)
 
@@ -172,34 +192,64 @@ def _native_routes(app: FastAPI, service: Service, registry: CollectorRegistry) 
         comparison = service.model.compare_rows(gather(scored(answers)), 0, 1)
         return schemas.CompareReply(**asdict(comparison))
 
-    @app.get("/info", summary="What is served: objectives, scales, fingerprint, limits")
+    return router
+
+
+def _operations(service: Service, registry: CollectorRegistry) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/info", summary="What is served: objectives, scales, fingerprint, limits")
     def info() -> schemas.InfoReply:
         return service.info()
 
-    @app.get("/health", summary="Whether requests are taken")
+    @router.get(
+        "/metrics",
+        summary="Counts, as Prometheus reads them",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}},
+    )
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    return router
+
+
+def _health(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get(
+        "/health",
+        summary="Whether requests are taken",
+        responses={503: {"model": schemas.HealthReply}},
+    )
     async def health(response: Response) -> schemas.HealthReply:
         if service.engine.healthy:
             return schemas.HealthReply(status="ok")
         response.status_code = 503
         return schemas.HealthReply(status="stopping, or the last pass failed; see the log")
 
-    @app.get("/metrics", summary="Counts, as Prometheus reads them", response_class=Response)
-    async def metrics() -> Response:
-        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+    return router
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    if error.errors()[0]["loc"] == ("body",):
+        detail = "the body must be a JSON object, sent with `Content-Type: application/json`"
+        return Refusal(422, detail).response()
     return Refusal(422, schemas.first_error(error.errors())).response()
 
 
 async def _wrong(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
-    return Refusal(error.status_code, str(error.detail)).response()
+    return Refusal(error.status_code, str(error.detail), *(error.headers or {}).items()).response()
 
 
 async def _no_room(request: Request, error: Exception) -> Response:
     return _refusal(error).response()
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return Refusal(500, "the server failed; its log says why").response()
 
 
 def _refusal(error: Exception) -> Refusal:
@@ -224,16 +274,48 @@ def serve(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -> Non
         model: The scoring model.
         name: What answers call it.
         settings: Address and limits.
+
+    Raises:
+        OSError: If the address cannot be listened on.
     """
     if settings.host not in LOOPBACK and settings.api_key is None:
         logger.warning("%s is open to others, and there is no API key", settings.host)
-    uvicorn.run(
-        create_app(model, name=name, settings=settings),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(settings.timeout_s) + 1,
-    )
+    with listen(settings) as listener, suppress(KeyboardInterrupt):
+        Server(create_app(model, name=name, settings=settings), settings).run([listener])
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """Take the address of a server.
+
+    Raises:
+        OSError: If there is none such, or another program has it.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.create_server((settings.host, settings.port), family=family)
+    # Connections inherit it; asyncio sees to it only on those of its own sockets. Without it a head
+    # and a body that are sent one by one are 40 ms apart.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+class Server(uvicorn.Server):
+    """Serves an application; once told to stop, says so with each answer that it still gives."""
+
+    def __init__(self, app: Guard, settings: ServerSettings) -> None:
+        """Serve an application within limits."""
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=int(settings.timeout_s) + 1,
+            )
+        )
+        self._guard = app
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; uvicorn closes connections after their answers, and does not tell the clients."""
+        self._guard.leaving = True
+        super().handle_exit(sig, frame)

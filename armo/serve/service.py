@@ -1,6 +1,7 @@
 """The model behind the routes of a server: rows in, answers out, within limits."""
 
 import asyncio
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -64,8 +65,9 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_body_bytes", "max_requests", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and value > 0):
+                raise ValueError(f"`{name}` must be a positive number, got {value}")
         if self.limit is not None and not 0.0 < self.limit < math.inf:
             raise ValueError(f"`limit` must be a finite number above zero, got {self.limit}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
@@ -134,7 +136,8 @@ class Service:
     def log(self, request: Request, body: BaseModel) -> None:
         """Log a body, if that was asked for."""
         if self.settings.log_texts:
-            logger.info("%s %s", request.url.path, body.model_dump_json())
+            # In ASCII: half of a surrogate pair may be in a row that is still to be checked.
+            logger.info("%s %s", request.url.path, json.dumps(body.model_dump(warnings=False)))
 
     def close(self) -> None:
         """Finish what was taken."""

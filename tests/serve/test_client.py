@@ -9,12 +9,15 @@ import torch
 from conftest import conversation, make_model
 from serving import serving
 
+import armo.serve.client
 from armo.artifacts import ArtifactError
+from armo.data.conversation import Message
 from armo.embed.backbone import load_backbone
+from armo.embed.boundary import PromptGroup
 from armo.embed.spec import BackboneError, BackboneSpec
 from armo.model.reward_model import ArmoRewardModel
 from armo.model.scorer import TENSORS
-from armo.serve.client import PoolingClient, RemoteError, load_split
+from armo.serve.client import AwayError, PoolingClient, RemoteError, load_split
 
 ROWS = [
     conversation("How do I boil an egg?", "Seven minutes in hot water."),
@@ -24,8 +27,11 @@ ROWS = [
 
 
 @contextmanager
-def pooling(model, *, change=lambda states: states, wrap=None, key=None):
-    """A stand-in for vLLM's server, which answers from a local model in vLLM's shape."""
+def pooling(model, *, change=lambda states: states, wrap=None, key=None, fail=lambda body: None):
+    """A stand-in for vLLM's server, which answers from a local model in vLLM's shape.
+
+    `fail` gives the status of an error instead, or 0 to hang up within the answer.
+    """
     asked, lock = [], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -33,6 +39,15 @@ def pooling(model, *, change=lambda states: states, wrap=None, key=None):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             if key is not None and self.headers["authorization"] != f"Bearer {key}":
                 self.send_error(401)
+                return
+            if (status := fail(body)) is not None:
+                if status:
+                    self.send_error(status)
+                else:
+                    self.send_response(200)
+                    self.send_header("content-length", "100")
+                    self.end_headers()
+                    self.wfile.write(b"{")
                 return
             data = []
             with lock, torch.inference_mode():
@@ -57,6 +72,11 @@ def pooling(model, *, change=lambda states: states, wrap=None, key=None):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch):
+    monkeypatch.setattr(armo.serve.client, "RETRY_S", (0.0, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +130,10 @@ def test_many_rows_are_asked_for_in_parts(whole):
     sizes = [sum(map(len, body["input"])) for _, body in asked]
     assert len(sizes) > 5
     assert max(sizes) <= 128
+    with pooling(whole.backbone.model) as (url, asked):
+        apart.backbone.runner._client.url = url
+        apart.backbone.embed([PromptGroup((Message("user", "Q"),), list("abcdef"))], max_rows=3)
+    assert sorted(len(body["input"]) for _, body in asked) == [1, 3, 3]
 
 
 def test_normalised_embeddings_are_found_at_once(whole):
@@ -133,6 +157,10 @@ def test_another_model_behind_the_server_is_found_at_once(whole):
     [
         (lambda answer: {"data": answer["data"][:-1]}, "one embedding for each"),
         (lambda answer: {"error": "no"}, "one embedding for each"),
+        (
+            lambda answer: {"data": [{**part, "index": 0} for part in answer["data"]]},
+            "one embedding for each",
+        ),
         (lambda answer: [], "one embedding for each"),
         (
             lambda answer: {"data": [{**part, "data": [part["data"]]} for part in answer["data"]]},
@@ -164,15 +192,70 @@ def test_a_server_that_refuses_or_is_not_there_is_named(whole):
         PoolingClient("file:///etc/passwd", timeout_s=1)
 
 
-def test_a_server_that_fails_later_fails_the_request_and_not_the_row(whole):
+@pytest.mark.parametrize("status", [0, 429, 503])
+def test_a_server_that_is_busy_for_a_moment_is_asked_again(whole, status):
+    left = [status, status]
+    with pooling(whole.backbone.model, fail=lambda body: left.pop() if left else None) as (url, _):
+        state = PoolingClient(url, timeout_s=10).embed([[3, 4]])
+        assert state.shape == (1, whole.backbone.dim)
+        assert not left
+        left += [status] * 3
+        with pytest.raises(AwayError):
+            PoolingClient(url, timeout_s=10).embed([[3, 4]])
+        assert not left
+
+
+def test_a_server_that_refuses_or_hangs_is_not_asked_again(whole):
+    asked = []
+
+    def fail(body):
+        asked.append(body)
+        return 400 if body["input"] == [[1]] else time.sleep(0.3)
+
+    with pooling(whole.backbone.model, fail=fail) as (url, _):
+        client = PoolingClient(url, timeout_s=0.1)
+        with pytest.raises(RemoteError, match="answers 400") as caught:
+            client.embed([[1]])
+        assert not isinstance(caught.value, AwayError)
+        with pytest.raises(AwayError, match="timed out"):
+            client.embed([[2]])
+    assert len(asked) == 2
+
+
+def test_another_model_that_takes_the_place_of_the_first_is_found(whole):
+    narrow = []
+    with pooling(whole.backbone.model, change=lambda s: s[:5] if narrow else s) as (url, _):
+        apart = split(whole, url)
+        narrow.append(True)
+        with pytest.raises(RemoteError, match="width 5, not of 16"):
+            apart.score(ROWS)
+
+
+def test_a_server_that_is_away_fails_the_request_at_once_and_not_its_rows(whole, caplog):
     with pooling(whole.backbone.model) as (url, _):
         apart = split(whole, url)
     with serving(apart) as client:
         assert client.post("/score", json={"conversations": ROWS}).status_code == 500
+        # Not one time for each row: each may take as long as the timeout.
+        (failed,) = [r.message for r in caplog.records if "failed" in r.message]
+        assert failed.startswith("3 rows of ")
         deadline = time.monotonic() + 10
         while client.get("/health").status_code != 503 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert client.get("/health").status_code == 503
+
+
+def test_a_row_that_the_server_refuses_does_not_spoil_the_others(whole):
+    def fail(body):
+        return 400 if any(len(ids) > 100 for ids in body["input"]) else None
+
+    with pooling(whole.backbone.model) as (url, _):
+        apart = split(whole, url)
+    with pooling(whole.backbone.model, fail=fail) as (url, _):
+        apart.backbone.runner._client.url = url
+        with serving(apart) as client:
+            rows = client.post("/score", json={"conversations": ROWS}).json()["rows"]
+    assert ["error" in row for row in rows] == [False, False, True]
 
 
 def test_a_model_that_reads_more_than_the_last_state_is_refused(encoder, tmp_path):

@@ -1,3 +1,6 @@
+import dataclasses
+import math
+import sys
 import threading
 import time
 from concurrent.futures import CancelledError, wait
@@ -6,9 +9,11 @@ import pytest
 import torch
 from conftest import conversation, make_model
 
+from armo.embed.backbone import Backbone
 from armo.model.conversations import parse_conversations
 from armo.model.scorer import TENSORS
 from armo.serve.engine import (
+    LONGEST_WAIT_S,
     PASS_BATCHES,
     PassError,
     QueueFullError,
@@ -74,6 +79,19 @@ def test_what_is_cut_is_marked(engine, model):
     out = gather(engine.submit(read(model, long)).result(30))
     assert out.truncated.tolist() == [True, True, False]
     assert_same(out, model.score(long))
+
+
+def test_what_is_cut_is_marked_with_the_row_of_its_own_request(engine, model, monkeypatch):
+    go, started, sizes = held(engine, monkeypatch)
+    first = engine.submit(read(model, TEXTS[:1]))
+    assert started.wait(30)
+    whole = engine.submit(read(model, TEXTS[1:3]), weights={"harm": 1.0})
+    cut = engine.submit(read(model, [conversation("Why?", "word " * 300)]))
+    go.set()
+    wait([first, whole, cut], 30)
+    assert sizes == [1, 3]
+    assert gather(whole.result()).truncated.tolist() == [False, False]
+    assert gather(cut.result()).truncated.tolist() == [True]
 
 
 def test_concurrent_requests_share_a_pass_and_its_prompts(engine, model, monkeypatch):
@@ -144,6 +162,22 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(model, monkeypa
     assert (engine.counts.pending_tokens, engine.counts.pending_rows) == (0, 0)
 
 
+@pytest.mark.parametrize(("lasts_s", "told_s"), [(1e9, LONGEST_WAIT_S), (9.5, 10), (1e-9, 1)])
+def test_when_to_come_back_follows_from_what_waits(model, monkeypatch, lasts_s, told_s):
+    engine = ScoringEngine(model, queue_tokens=200)
+    go, started, _ = held(engine, monkeypatch)
+    (row,) = read(model, [conversation("Q?", "word " * 20)])
+    taken = [engine.submit([row]) for _ in range(200 // row.cost)]
+    assert started.wait(30)
+    engine._tokens_per_s = row.cost * len(taken) / lasts_s
+    with pytest.raises(QueueFullError) as caught:
+        engine.submit([row])
+    assert caught.value.retry_after_s == told_s
+    go.set()
+    wait(taken, 30)
+    engine.stop()
+
+
 def test_a_queue_that_cannot_hold_the_longest_conversation_is_refused(model):
     with pytest.raises(ValueError, match="`queue_tokens` must be at least"):
         ScoringEngine(model, queue_tokens=100)
@@ -208,6 +242,50 @@ def test_a_row_that_the_model_fails_on_does_not_spoil_the_others(engine, model, 
     assert isinstance(engine.submit([rows[0]]).result(30)[0], RowScore)
 
 
+def test_a_score_that_is_no_number_is_an_error_of_its_row(engine, model, monkeypatch):
+    rows, embed = read(model, TEXTS[:4]), engine._embed
+
+    def overflow(taken):
+        prompts, responses, truncated = embed(taken)
+        return (
+            prompts,
+            responses.where(torch.tensor([[r is not rows[2]] for r in taken]), math.inf),
+            truncated,
+        )
+
+    monkeypatch.setattr(engine, "_embed", overflow)
+    answers = engine.submit(rows).result(30)
+    assert [isinstance(answer, PassError) for answer in answers] == [False, False, True, False]
+
+
+def test_a_request_that_is_cancelled_between_its_passes_leaves_nothing(engine, model, monkeypatch):
+    go, started, sizes = held(engine, monkeypatch)
+    rows = read(model, [conversation(f"Q{k}?", "word " * 60) for k in range(30)])
+    gone, kept = engine.submit(rows), engine.submit(rows[:1])
+    assert started.wait(30)
+    assert gone.cancel()
+    go.set()
+    assert isinstance(kept.result(30)[0], RowScore)
+    assert len(sizes) == 2
+    assert sizes[0] < 30
+    counts = engine.counts
+    assert (counts.pending_tokens, counts.pending_rows, counts.cancelled) == (0, 0, 0)
+
+
+def test_an_engine_whose_thread_died_takes_nothing(model, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    engine = ScoringEngine(model, queue_tokens=4096)
+    monkeypatch.setattr(engine, "_run", lambda rows: sys.exit())
+    lost = engine.submit(read(model, TEXTS[:1]))
+    engine._thread.join(30)
+    assert not engine.healthy
+    with pytest.raises(StoppingError):
+        engine.submit(read(model, TEXTS[:1]))
+    with pytest.raises(StoppingError):
+        engine.check_room()
+    assert not lost.done()
+
+
 def test_weights_that_cannot_be_mixed_are_refused(engine, model):
     with pytest.raises(ValueError, match="wit"):
         engine.submit(read(model, TEXTS[:1]), weights={"wit": 1.0})
@@ -220,3 +298,16 @@ def test_a_wrong_row_is_an_error_of_its_own(causal_model):
     rows = reader.conversations([*parse_conversations(TEXTS[:2]), RowError("none"), tool])
     kinds = [type(row).__name__ for row in rows]
     assert kinds[:3] == ["Row", "Row", "RowError"]
+
+
+@pytest.mark.parametrize(
+    ("text", "of_response"),
+    [(conversation("Why?", "word " * 300), True), (conversation("Why? " * 90, "No."), False)],
+)
+def test_a_row_that_is_skipped_says_whether_the_response_is_why(causal, text, of_response):
+    spec = dataclasses.replace(causal.spec, on_overlong="skip")
+    backbone = Backbone(spec, model=causal.model, tokenizer=causal.tokenizer)
+    (row,) = RowReader(backbone).conversations(parse_conversations([text]))
+    assert isinstance(row, RowError)
+    assert "longer than the backbone reads" in str(row)
+    assert row.of_response is of_response
