@@ -92,12 +92,10 @@ class Client:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def post(self, path: str, body: bytes, *, kind: str = "application/json") -> int:
-        """Ask, and return the status; 0 if no answer came.
-
-        As HTTP clients do, it asks again where a connection that was kept is closed unanswered.
-        """
-        kept = self._streams is not None
+        """Ask, and return the status; 0 if no answer came, for nothing is asked twice."""
         try:
+            if self._streams is not None and self._streams[0].at_eof():
+                self.close()
             if self._streams is None:
                 self._streams = await asyncio.open_connection("127.0.0.1", PORT)
             reader, writer = self._streams
@@ -111,7 +109,7 @@ class Client:
             return int(head.split(b" ", 2)[1])
         except (OSError, asyncio.IncompleteReadError):
             self.close()
-            return await self.post(path, body, kind=kind) if kept else 0
+            return 0
 
     def close(self) -> None:
         """Hang up."""

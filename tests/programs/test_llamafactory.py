@@ -6,9 +6,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import torch
-from conftest import conversation, make_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from conftest import conversation, make_model, make_policy
+from transformers import AutoTokenizer
 
 pytest.importorskip("llamafactory", reason="it has its own environment: `make programs` makes it")
 
@@ -28,18 +27,7 @@ def place(reference, causal_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reference.save_pretrained("model")
     tokenizer = AutoTokenizer.from_pretrained(causal_folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained("policy")
+    make_policy(tokenizer).save_pretrained("policy")
     tokenizer.save_pretrained("policy")
     rows = [{"instruction": text, "input": "", "output": ""} for text in PROMPTS * 4]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))

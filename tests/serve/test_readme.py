@@ -7,9 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import conversation, make_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from conftest import conversation, make_model, make_policy
+from transformers import AutoTokenizer
 
 from armo.model.reward_model import ArmoRewardModel
 
@@ -25,18 +24,7 @@ def place(causal_folder, causal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model(causal).save_pretrained("checkpoints/demo/model")
     tokenizer = AutoTokenizer.from_pretrained(causal_folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained("policy")
+    make_policy(tokenizer).save_pretrained("policy")
     tokenizer.save_pretrained("policy")
     prompts = [{"prompt": "Is honey safe?"}, {"prompt": "Who are you?"}]
     Path("prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in prompts))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, make_policy
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from armo.model.reward_model import ArmoRewardModel
@@ -32,23 +32,9 @@ def train(causal_folder, tmp_path):
 
     def run(reward_funcs, rows, *, kind=(GRPOTrainer, GRPOConfig), given=None, **options):
         tokenizer = AutoTokenizer.from_pretrained(causal_folder)
-        torch.manual_seed(0)
-        policy = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                intermediate_size=16,
-                max_position_embeddings=256,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
         trainer_class, config_class = kind
         trainer = trainer_class(
-            model=policy,
+            model=make_policy(tokenizer),
             reward_funcs=reward_funcs,
             processing_class=tokenizer,
             train_dataset=Dataset.from_list(rows),
