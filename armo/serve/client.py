@@ -75,8 +75,7 @@ class PoolingClient:
             AwayError: If there is no answer, however often it is asked.
             RemoteError: If it refuses, or answers in another form.
         """
-        # vLLM has called what normalises an embedding by either name.
-        body = {"input": rows, "task": "embed", "use_activation": False, "normalize": False}
+        body = {"input": rows, "task": "embed", "use_activation": False}
         if self._model is not None:
             body["model"] = self._model
         request = urllib.request.Request(
