@@ -1,4 +1,4 @@
-"""`armo serve` in a process of its own, on a port that is free."""
+"""Servers in processes of their own, on ports that are free."""
 
 import socket
 import subprocess
@@ -11,15 +11,22 @@ from contextlib import contextmanager
 
 @contextmanager
 def armo_serve(folder, *settings):
-    """The address of a server of the model in a folder; it is told to stop with the block."""
+    """The address of a server of the model in a folder."""
+    command = [sys.executable, "-m", "armo.cli", "serve", f"model={folder}", "device=cpu"]
+    with serving([*command, *settings], port="port={}", cwd=folder) as url:
+        yield url
+
+
+@contextmanager
+def serving(command, *, port, **how):
+    """The address of what a command starts; it is told to stop with the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "armo.cli", "serve", f"model={folder}", f"port={port}"]
-    with subprocess.Popen([*command, "device=cpu", *settings], cwd=folder) as process:
+        number = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{number}"
+    with subprocess.Popen([*command, port.format(number)], **how) as process:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 180
             while not _answers(f"{url}/health"):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
