@@ -443,9 +443,12 @@ class ArmoRewardModel(EmbeddingScorer):
         ]
         self.backbone.check_unchanged()
         out = self.score(conversations)
-        if bool(out.score.isnan().any()):
-            number = int(out.score.isnan().nonzero()[0])
-            raise ValueError(f"golden conversation {number} has no score: it is too long")
+        if not bool(out.score.isfinite().all()):
+            number = int((~out.score.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"golden conversation {number} has no score: it is too long, or what the backbone "
+                f"gives is not finite"
+            )
         if include_backbone:
             copy_backbone(self.backbone, folder)
         else:

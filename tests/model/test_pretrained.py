@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import os
@@ -382,6 +383,15 @@ def test_a_golden_conversation_without_a_score_is_named_and_nothing_is_written(e
     golden = [*GOLDEN, conversation("Hi", "word " * 500)]
     with pytest.raises(ValueError, match="golden conversation 2 has no score: it is too long"):
         model.save_pretrained(tmp_path / "model", golden=golden)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_backbone_that_gives_no_numbers_makes_no_model_folder(encoder, tmp_path):
+    broken = copy.deepcopy(encoder.model)
+    broken.get_input_embeddings().weight.data.fill_(torch.inf)
+    model = make_model(Backbone(encoder.spec, model=broken, tokenizer=encoder.tokenizer))
+    with pytest.raises(ValueError, match=r"conversation 0 has no score.* is not finite"):
+        model.save_pretrained(tmp_path / "model", golden=GOLDEN)
     assert not (tmp_path / "model").exists()
 
 
