@@ -2,6 +2,8 @@ import copy
 import gc
 import itertools
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -723,3 +725,36 @@ def test_an_error_in_the_model_leaves_nothing_active(multiplied):
     multiplied.clear()
     layer_of()(draw(5, 24))
     assert multiplied == []
+
+
+# In a process of its own: how much is kept is read on first use.
+OF_MANY_SIZES = """
+import ctypes
+from armo.embed.linear import PackedProducts
+import torch
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
+
+allocated = ctypes.CDLL(None).mallinfo2
+allocated.restype = Info
+products, weight = PackedProducts(), torch.nn.Parameter(torch.zeros(64, 64), requires_grad=False)
+
+def multiply(sizes):
+    with torch.inference_mode(), products:
+        for size in sizes:
+            torch.nn.functional.linear(torch.zeros(size, 64), weight)
+    return allocated().h
+
+before = multiply(range(1, 65))
+print(multiply(range(65, 300)) - before)
+"""
+
+
+@needs_onednn
+@pytest.mark.skipif(sys.platform != "linux", reason="it asks glibc what is allocated")
+def test_batches_of_many_sizes_leave_no_memory_behind():
+    done = subprocess.run(
+        [sys.executable, "-c", OF_MANY_SIZES], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 2**24  # torch alone keeps four times as much
