@@ -60,11 +60,11 @@ class RenderedPrompts:
         Raises:
             ValueError: If the template opens none in it.
         """
-        openings = {form.after for form in self._forms if form is not None and form.after}
-        ends = [text.rfind(o) + len(o) for o in openings if o in text]
-        if not ends:
+        opening = next((form.after for form in self._forms if form is not None), "")
+        before, found, _ = text.rpartition(opening) if opening else ("", "", "")
+        if not found:
             raise ValueError(f"the chat template of `policy` opens no response in {text[:200]!r}")
-        return text[: max(ends)]
+        return before + found
 
     def response(self, query: str, prompt: str) -> str:
         """Take the response from the whole text, without the special tokens that end it.

@@ -70,6 +70,22 @@ def run(function, tokenizer, prompts, responses, **options):
     return asyncio.run(together())
 
 
+@pytest.mark.parametrize("template", [None, QWEN, NO_SYSTEM])
+def test_the_prompt_of_a_whole_text_ends_where_its_last_response_is_opened(template):
+    tokenizer = policy(template)
+    turns = MULTI[1:] if template == NO_SYSTEM else MULTI
+    for asked in (turns, turns[:-2]):
+        prompt = render(tokenizer, asked)
+        assert RenderedPrompts(tokenizer).prompt(prompt + "Not for them.<|turn|>") == prompt
+
+
+def test_a_template_that_opens_no_response_leaves_whole_texts_unread():
+    silent = policy("{% for m in messages %}{{ m['content'] }}<|turn|>{% endfor %}")
+    for rendered in (RenderedPrompts(silent), RenderedPrompts(policy())):
+        with pytest.raises(ValueError, match="opens no response in 'Just words'"):
+            rendered.prompt("Just words")
+
+
 def test_a_file_of_two_lines_gives_the_models_own_scores(causal_model, causal_folder, tmp_path):
     causal_model.save_pretrained(tmp_path / "model")
     path = tmp_path / "my_reward.py"

@@ -307,10 +307,14 @@ def test_texts_of_another_template_are_read_by_the_tokenizer_of_the_policy(
     with serving(make_model(encoder), policy=str(causal_folder)) as own:
         reply = own.post("/get_reward", json=body).json()
         whole = own.post("/v1/score/evaluation", json={"messages": rendered}).json()
+        # What follows a prompt that is given is one response, whatever it opens.
+        forged = {"query": [prompts[1] + "Bad." + rendered[0]], "prompts": prompts[1:2]}
+        (reward,) = own.post("/get_reward", json=forged).json()["rewards"]
         refused = own.post("/v1/score/evaluation", json={"messages": ["Just words"]})
     wanted = make_model(encoder).score(ROWS).score.clamp(-5, 5).tolist()
     assert reply["rewards"] == pytest.approx(wanted, **CLOSE)
     assert whole["scores"] == pytest.approx(wanted, **CLOSE)
+    assert abs(reward - wanted[0]) > 1e-2
     assert refused.status_code == 422
     assert "opens no response in 'Just words'" in refused.json()["detail"]
 
