@@ -65,7 +65,12 @@ def build(backbone: Backbone) -> ArmoRewardModel:
         backbone=backbone,
         heads=heads,
         transform=RewardTransform(
-            NAMES, draw(count, dim), draw(count), SURFACE_FEATURES, draw(count, 15)
+            NAMES,
+            draw(count, dim),
+            draw(count),
+            SURFACE_FEATURES,
+            draw(count, 15),
+            torch.tensor([0.0, 1e3], dtype=torch.float64)[:, None].repeat(1, 15),
         ),
         gate=GatingNetwork(dim=dim, objectives=count, mixed=(0, 1, 2), members=5, hidden_dim=64),
         beta=1.0,

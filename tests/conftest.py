@@ -181,6 +181,11 @@ def causal(causal_folder):
     )
 
 
+def wide_range(covariates):
+    """Of covariates that are all within."""
+    return torch.tensor([[-1e6], [1e6]], dtype=torch.float64).expand(2, covariates).clone()
+
+
 def make_model(backbone, *, seed=0, covariates=(), links=()):
     """A reward model of random parts: three mixed objectives and two bias objectives.
 
@@ -219,7 +224,12 @@ def make_model(backbone, *, seed=0, covariates=(), links=()):
         backbone=backbone,
         heads=heads,
         transform=RewardTransform(
-            objectives.names, matrix, offset, tuple(covariates), draw(5, len(covariates))
+            objectives.names,
+            matrix,
+            offset,
+            tuple(covariates),
+            draw(5, len(covariates)),
+            wide_range(len(covariates)),
         ),
         gate=gate,
         beta=2.0,

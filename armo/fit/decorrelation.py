@@ -51,7 +51,7 @@ RARE = 20
 """Prompts to which a covariate must differ between responses, at most, to be decorrelated from."""
 
 # The tensors of a transform, in the order of its fields.
-PARTS = ("matrix", "offset", "style")
+PARTS = ("matrix", "offset", "style", "covariate_range")
 
 
 class DecorrelationWarning(UserWarning):
@@ -60,12 +60,16 @@ class DecorrelationWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RewardTransform:
-    """The affine map to adjusted rewards: `a = matrix @ h + style @ z + offset`.
+    """The map to adjusted rewards: `a = matrix @ h + style @ z + offset`.
 
     `h` is the response embedding, `z` are covariates measured on the response's text, of which
     there are none but for the method `residual`. Adjusted rewards have mean 0 and standard
     deviation 1 on the reference responses. Rows of bias objectives are standardised but not
     decorrelated: they report style.
+
+    A covariate beyond its range on the reference responses counts as the end of that range: what
+    style does there was not measured, and a slope that goes on for ever would give a response of
+    one word ten standard deviations for being short.
     """
 
     objectives: tuple[str, ...]
@@ -73,6 +77,7 @@ class RewardTransform:
     offset: Float[Tensor, " objectives"]
     covariates: tuple[str, ...]
     style: Float[Tensor, "objectives covariates"]
+    covariate_range: Float[Tensor, "2 covariates"]
 
     def adjusted(
         self,
@@ -86,7 +91,7 @@ class RewardTransform:
             covariates: Surface features of the same responses, in the order of
                 `self.covariates`.
         """
-        style = covariates.double() @ self.style.T
+        style = covariates.double().clamp(*self.covariate_range) @ self.style.T
         return embeddings.double() @ self.matrix.T + style + self.offset
 
 
@@ -308,6 +313,7 @@ def fit_reward_transform(
         -adjusted.mean(0) / spread,
         tuple(features) if "residual" in methods else (),
         style / spread[:, None] if "residual" in methods else style[:, :0],
+        torch.stack([z.amin(0), z.amax(0)]) if "residual" in methods else z.new_empty(2, 0),
     )
     return transform, summaries
 
@@ -552,8 +558,10 @@ def load_transforms(folder: Path, *, decorrelated: bool = True) -> FittedTransfo
     described = read_json(folder / f"{name}.json")
     names, covariates = tuple(described["objectives"]), tuple(described["covariates"])
     transform, *without_fold = (
-        RewardTransform(names, matrix, offset, covariates, style)
-        for matrix, offset, style in zip(*(tensors[part] for part in PARTS), strict=True)
+        RewardTransform(names, matrix, offset, covariates, style, covariate_range)
+        for matrix, offset, style, covariate_range in zip(
+            *(tensors[part] for part in PARTS), strict=True
+        )
     )
     return FittedTransforms(
         tuple(described["methods"]),

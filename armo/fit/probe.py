@@ -8,7 +8,7 @@ import torch
 
 from armo.artifacts import read_tensors, write_tensors
 from armo.embed.extract import EmbeddedData
-from armo.fit.decorrelation import FittedTransforms, RewardTransform, fit_reward_transform
+from armo.fit.decorrelation import PARTS, FittedTransforms, RewardTransform, fit_reward_transform
 from armo.fit.heads import FittedHeads, ObjectiveHeads
 from armo.fit.judged import Judgements
 from armo.fit.logistic import fit_judgements
@@ -65,7 +65,7 @@ def fit_probe(
 
 def save_probe(folder: Path, name: str, probe: RewardTransform) -> None:
     """Write a probe; its surface features are those of the transform it was fitted with."""
-    parts = {"matrix": probe.matrix, "offset": probe.offset, "style": probe.style}
+    parts = {part: getattr(probe, part) for part in PARTS}
     write_tensors(folder / f"{name}_probe.safetensors", parts)
 
 
@@ -75,4 +75,6 @@ def load_probe(folder: Path, name: str, *, covariates: tuple[str, ...]) -> Rewar
     if not path.exists():
         return None
     parts = read_tensors(path)
-    return RewardTransform(("probe",), parts["matrix"], parts["offset"], covariates, parts["style"])
+    return RewardTransform(
+        ("probe",), covariates=covariates, **{part: parts[part] for part in PARTS}
+    )

@@ -125,6 +125,7 @@ def import_published(
             _vector(declared.offset),
             (),
             torch.zeros(len(names), 0, dtype=torch.float64),
+            torch.zeros(2, 0, dtype=torch.float64),
         ),
         gate=_gate_of(parts, mixed=declared.objectives.mixed_indices),
         beta=declared.beta,

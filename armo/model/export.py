@@ -362,7 +362,7 @@ def _lost_style(model: ArmoRewardModel, plan: Plan, rows: _Rows) -> list[str]:
     weights = _gate(model)(rows.prompts.double())
     if plan.weights:
         weights = torch.tensor(model.objectives.mix(plan.weights)).expand_as(weights)
-    parts = weights * (measured @ model.adjusted_style.cpu().T)
+    parts = weights * (model.within_range(measured) @ model.adjusted_style.T).cpu()
     return [
         f"style stays in the score: {', '.join(model.covariates)} are measured on the text, which "
         f"no format can; on {len(parts)} conversations they move it by up to "

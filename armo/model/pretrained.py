@@ -244,6 +244,7 @@ def load_folder(
         "adjusted_weights": [count, dim],
         "adjusted_offset": [count],
         "adjusted_style": [count, len(declared.covariates)],
+        "covariate_range": [2, len(declared.covariates)],
         "beta": [],
     }
     gate.double()

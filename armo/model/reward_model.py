@@ -190,6 +190,7 @@ class ArmoRewardModel(EmbeddingScorer):
                 tensors["adjusted_offset"],
                 declared.covariates,
                 tensors["adjusted_style"],
+                tensors["covariate_range"],
             ),
             gate=gate,
             beta=float(tensors["beta"]),

@@ -94,6 +94,7 @@ class EmbeddingScorer(PreTrainedModel):
             "adjusted_weights": transform.matrix,
             "adjusted_offset": transform.offset,
             "adjusted_style": transform.style,
+            "covariate_range": transform.covariate_range,
             "beta": torch.tensor(beta),
         }.items():
             self.register_buffer(name, tensor.detach().double())
@@ -102,6 +103,7 @@ class EmbeddingScorer(PreTrainedModel):
         self.adjusted_weights: Tensor
         self.adjusted_offset: Tensor
         self.adjusted_style: Tensor
+        self.covariate_range: Tensor
         self.beta: Tensor
 
     def train(self, mode: bool = True) -> "EmbeddingScorer":
@@ -169,6 +171,12 @@ class EmbeddingScorer(PreTrainedModel):
         out = self._read(responses, prompts, measured=measured, weights=weights)
         return replace(out, **{name: getattr(out, name).cpu() for name in ("score", *TENSORS)})
 
+    def within_range(
+        self, measured: Float[Tensor, "batch covariates"]
+    ) -> Float[Tensor, "batch covariates"]:
+        """Covariates as they count, see `RewardTransform`: those beyond their range as its end."""
+        return measured.to(self.covariate_range).clamp(*self.covariate_range)
+
     def _columns(self, surface: Tensor) -> Tensor:
         """Pick the surface features that the adjusted rewards are computed from."""
         if surface.shape[1] != len(SURFACE_FEATURES):
@@ -189,7 +197,7 @@ class EmbeddingScorer(PreTrainedModel):
         rewards = apply_links(h @ self.head_weights.T + self.head_intercepts, self.links)
         adjusted = h @ self.adjusted_weights.T + self.adjusted_offset
         if measured is not None:
-            adjusted = adjusted + measured.to(device, torch.float64) @ self.adjusted_style.T
+            adjusted = adjusted + self.within_range(measured) @ self.adjusted_style.T
         if weights is None:
             members = self.gate.member_weights(prompts.to(device, torch.float64))
         else:

@@ -186,23 +186,24 @@ def _style_table(
 ) -> Table:
     """Show what is measured on two responses, but for features that neither has."""
     measured = surface_features(responses)
-    slopes = dict(
-        zip(model.covariates, (weights @ model.adjusted_style.cpu()).tolist(), strict=True)
-    )
+    columns = [SURFACE_FEATURES.index(name) for name in model.covariates]
+    first, second = model.within_range(measured[:, columns]).cpu()
+    moved = (weights @ model.adjusted_style.cpu()) * (first - second)
+    moves = dict(zip(model.covariates, moved.tolist(), strict=True))
     rows: list[tuple[Any, ...]] = []
     for name, (a, b) in zip(SURFACE_FEATURES, measured.T.tolist(), strict=True):
         # The first is always shown: an empty table says nothing.
         if a or b or not rows:
-            moved = (slopes[name] * (a - b),) if name in slopes else (None,)
-            rows.append((name, a, b, *(moved if slopes else ())))
-    columns = ("feature", "A", "B", *(("moves the score",) if slopes else ()))
+            rows.append((name, a, b, *((moves.get(name),) if moves else ())))
+    names = ("feature", "A", "B", *(("moves the score",) if moves else ()))
     note = "Measured on the texts; features that neither response has are left out."
-    if slopes:
+    if moves:
         note += (
             " Moves the score: what taking style out of the rewards adds to the difference of the "
-            "scores, a part of the differences by objective."
+            "scores, a part of the differences by objective. A feature beyond what training "
+            "responses show counts as the most or the least that they do."
         )
-    return Table("style", "Style", columns, tuple(rows), note)
+    return Table("style", "Style", names, tuple(rows), note)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -673,9 +673,16 @@ def test_style_features_are_among_those_that_are_measured():
 
 def test_adjusted_is_the_affine_map_written_row_by_row():
     transform = RewardTransform(
-        ("a", "b"), draw(2, 3), draw(2, seed=1), COVARIATES, draw(2, 2, seed=2)
+        ("a", "b"),
+        draw(2, 3),
+        draw(2, seed=1),
+        COVARIATES,
+        draw(2, 2, seed=2),
+        torch.tensor([[-0.2, -0.2], [0.5, 1e9]], dtype=torch.float64),
     )
     h, z = draw(4, 3, seed=3).float(), draw(4, 2, seed=4).float()
+    assert (z[:, 0] > 0.5).any()
+    assert (z[:, 1] < -0.2).any()
     adjusted = transform.adjusted(h, z)
     assert adjusted.dtype == torch.float64
     for row in range(4):
@@ -683,7 +690,9 @@ def test_adjusted_is_the_affine_map_written_row_by_row():
             expected = transform.offset[k] + sum(
                 float(transform.matrix[k, d]) * float(h[row, d]) for d in range(3)
             )
-            expected += sum(float(transform.style[k, c]) * float(z[row, c]) for c in range(2))
+            for c, most in enumerate((0.5, 1e9)):
+                within = min(max(float(z[row, c]), -0.2), most)
+                expected += float(transform.style[k, c]) * within
             assert float(adjusted[row, k]) == pytest.approx(float(expected))
 
 

@@ -97,7 +97,12 @@ def model_of(backbone, *, members=1, hidden_layers=1, constant=False, offset=Tru
         backbone=backbone,
         heads=ObjectiveHeads(names, weights, parts.head_intercepts if offset else zeros),
         transform=RewardTransform(
-            names, matrix, parts.adjusted_offset if offset else zeros, (), weights[:, :0]
+            names,
+            matrix,
+            parts.adjusted_offset if offset else zeros,
+            (),
+            weights[:, :0],
+            weights[:2, :0],
         ),
         gate=gate,
         beta=2.0,

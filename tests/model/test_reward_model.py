@@ -127,7 +127,7 @@ def test_the_transform_is_applied_from_the_left_where_it_is_square(causal):
         objectives=ObjectiveSet(tuple(Objective(name, 0, 1) for name in names)),
         backbone=causal,
         heads=ObjectiveHeads(names, 2 * matrix, nothing),
-        transform=RewardTransform(names, matrix, nothing, (), matrix[:, :0]),
+        transform=RewardTransform(names, matrix, nothing, (), matrix[:, :0], matrix[:2, :0]),
         gate=GatingNetwork(dim=count, objectives=count, mixed=range(count)),
         beta=1.0,
     )
@@ -394,6 +394,7 @@ def transform_of(model, names):
         model.adjusted_offset,
         model.covariates,
         model.adjusted_style,
+        model.covariate_range,
     )
 
 

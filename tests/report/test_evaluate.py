@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import make_model
+from conftest import make_model, wide_range
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
@@ -197,12 +197,14 @@ def case(encoder, tmp_path_factory):
             model.adjusted_offset,
             covariates,
             0.3 * model.adjusted_style,
+            model.covariate_range,
         )
         probe = RewardTransform(
             ("probe",),
             *(part[:1] for part in (transform.matrix, transform.offset)),
             covariates,
             transform.style[:1],
+            transform.covariate_range,
         )
         summary = summary_of(data.objectives.names, CONSTANT, beta=(2.0, 0.5)[seed])
         mixes.append(Mix(transform, model.gate.eval(), summary, probe))
@@ -689,8 +691,9 @@ def test_a_score_that_follows_length_has_a_wide_gap_where_one_that_does_not_has_
     offset = torch.zeros(len(names), dtype=torch.float64)
     style = torch.zeros(len(names), len(SURFACE_FEATURES), dtype=torch.float64)
     style[:3, SURFACE_FEATURES.index("log_length")] = 1.0
-    follows = RewardTransform(names, nothing, offset, SURFACE_FEATURES, style)
-    indifferent = RewardTransform(names, nothing, offset, (), style[:, :0])
+    wide = wide_range(len(SURFACE_FEATURES))
+    follows = RewardTransform(names, nothing, offset, SURFACE_FEATURES, style, wide)
+    indifferent = RewardTransform(names, nothing, offset, (), style[:, :0], wide[:, :0])
     evaluation = _evaluate(
         data,
         heads=case.heads,
@@ -1022,6 +1025,7 @@ def _parts(backbone, names, *, seed):
             draw(len(names)),
             SURFACE_FEATURES,
             draw(len(names), len(SURFACE_FEATURES)),
+            wide_range(len(SURFACE_FEATURES)),
         )
         summary = summary_of(names, [1.0 / len(names)] * len(names), beta=beta)
         mixes.append(Mix(transform, gate, summary))
