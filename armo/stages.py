@@ -44,6 +44,7 @@ from armo.embed.extract import (
     run_team,
 )
 from armo.fit.decorrelation import (
+    PARTS,
     DecorrelationSummary,
     FittedTransforms,
     load_transforms,
@@ -426,7 +427,7 @@ def run_decorrelation(
         save_transforms(folder, decorrelated=fitted, undecorrelated=plain)
         print_tables([decorrelation_table(fitted.summaries)], run.console)
 
-    whole = [settings, dict(source_weights)]
+    whole = [settings, dict(source_weights), list(PARTS)]
     run.do("decorrelation", settings=whole, inputs=inputs, work=work)
 
 

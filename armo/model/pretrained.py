@@ -38,7 +38,7 @@ from armo.fit.judged import Link
 from armo.model.config import FIELDS, ArmoConfig
 from armo.model.tokenizer import ArmoTokenizer
 
-FORMAT = 5
+FORMAT = 6
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 GOLDEN = "golden.json"

@@ -696,6 +696,19 @@ def test_adjusted_is_the_affine_map_written_row_by_row():
             assert float(adjusted[row, k]) == pytest.approx(float(expected))
 
 
+@given(st.integers(0, 999))
+def test_style_that_no_reference_response_shows_is_not_paid_for(seed):
+    problem = Problem(seed=seed)
+    transform, _ = problem.fit(methods=("residual",))
+    low, high = problem.covariates.amin(0), problem.covariates.amax(0)
+    assert torch.equal(transform.covariate_range, torch.stack([low, high]))
+    h = problem.embeddings[:1]
+    beyond = torch.stack([low - 100.0, high + 100.0])
+    at_the_end = torch.stack([low, high])
+    for far, near in zip(beyond, at_the_end, strict=True):
+        assert torch.equal(transform.adjusted(h, far[None]), transform.adjusted(h, near[None]))
+
+
 @given(st.integers(0, 999), st.integers(1, 5))
 def test_least_squares_equals_numpys_smallest_solution_in_units_of_the_spread(seed, columns):
     x, values = draw(50, columns, seed=seed), draw(50, 3, seed=seed + 1)

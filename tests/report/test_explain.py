@@ -78,8 +78,17 @@ def test_an_explanation_is_what_compare_and_score_say(model, explained):
                 assert cells[8] == pytest.approx(needed, rel=1e-3, abs=1e-4)
 
 
-def test_what_style_moves_the_score_by_is_what_the_same_embeddings_lose_without_it(model):
-    row = ROWS[0]
+@pytest.fixture(params=[1e6, 1.5])
+def of_range(model, request):
+    """The model, with covariates that count up to so much."""
+    kept = model.covariate_range.clone()
+    model.covariate_range[1] = request.param
+    yield model
+    model.covariate_range.copy_(kept)
+
+
+def test_what_style_moves_the_score_by_is_what_the_same_embeddings_lose_without_it(of_range):
+    model, row = of_range, ROWS[0]
     [each] = explain_pairs(model, [row])
     measured = surface_features(row.responses)
     shown = {cells[0]: cells[1:] for cells in each.style.rows}
