@@ -67,9 +67,8 @@ class RewardTransform:
     deviation 1 on the reference responses. Rows of bias objectives are standardised but not
     decorrelated: they report style.
 
-    A covariate beyond its range on the reference responses counts as the end of that range: what
-    style does there was not measured, and a slope that goes on for ever would give a response of
-    one word ten standard deviations for being short.
+    Beyond the range of a covariate on the reference responses, `style @ z` may fall, but it rises
+    no more (`style_part`).
     """
 
     objectives: tuple[str, ...]
@@ -91,8 +90,30 @@ class RewardTransform:
             covariates: Surface features of the same responses, in the order of
                 `self.covariates`.
         """
-        style = covariates.double().clamp(*self.covariate_range) @ self.style.T
+        style = style_part(covariates.double(), self.style, self.covariate_range)
         return embeddings.double() @ self.matrix.T + style + self.offset
+
+
+def style_part(
+    covariates: Float[Tensor, "batch covariates"],
+    style: Float[Tensor, "objectives covariates"],
+    covariate_range: Float[Tensor, "2 covariates"],
+) -> Float[Tensor, "batch objectives"]:
+    """Compute what covariates add to adjusted rewards: a slope each, that is not paid for ever.
+
+    What style does beyond what reference responses show was not measured. A slope that goes on
+    would give a response of one word ten standard deviations for being short, which a policy finds
+    at once; so the part of a covariate is at most what it is at the better end of its range.
+    Beyond the worse end it goes on falling: nothing is gained there by more of it.
+
+    Args:
+        covariates: Of the responses.
+        style: The slopes.
+        covariate_range: Lowest and highest value of each covariate on the reference responses.
+    """
+    low, high = covariate_range
+    falling, rising = style.clamp(max=0.0), style.clamp(min=0.0)
+    return covariates.clamp(min=low) @ falling.T + covariates.clamp(max=high) @ rising.T
 
 
 @dataclass(frozen=True, slots=True)

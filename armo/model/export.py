@@ -14,6 +14,7 @@ from armo.artifacts import write_text
 from armo.data.conversation import Conversation, PreferencePair, Prompt
 from armo.data.surface import SURFACE_FEATURES, surface_features
 from armo.embed.boundary import PromptGroup
+from armo.fit.decorrelation import style_part
 from armo.fit.gating import GatingNetwork
 from armo.model.plain import (
     ExportError,
@@ -362,7 +363,8 @@ def _lost_style(model: ArmoRewardModel, plan: Plan, rows: _Rows) -> list[str]:
     weights = _gate(model)(rows.prompts.double())
     if plan.weights:
         weights = torch.tensor(model.objectives.mix(plan.weights)).expand_as(weights)
-    parts = weights * (model.within_range(measured) @ model.adjusted_style.T).cpu()
+    style = style_part(measured, model.adjusted_style.cpu(), model.covariate_range.cpu())
+    parts = weights * style
     return [
         f"style stays in the score: {', '.join(model.covariates)} are measured on the text, which "
         f"no format can; on {len(parts)} conversations they move it by up to "

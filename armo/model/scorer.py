@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from armo.data.objectives import ObjectiveSet
 from armo.data.surface import SURFACE_FEATURES, surface_features
 from armo.embed.backbone import Backbone
-from armo.fit.decorrelation import RewardTransform
+from armo.fit.decorrelation import RewardTransform, style_part
 from armo.fit.gating import GatingNetwork, contributions
 from armo.fit.heads import ObjectiveHeads, RewardUncertainty
 from armo.fit.judged import apply_links
@@ -171,12 +171,6 @@ class EmbeddingScorer(PreTrainedModel):
         out = self._read(responses, prompts, measured=measured, weights=weights)
         return replace(out, **{name: getattr(out, name).cpu() for name in ("score", *TENSORS)})
 
-    def within_range(
-        self, measured: Float[Tensor, "batch covariates"]
-    ) -> Float[Tensor, "batch covariates"]:
-        """Covariates as they count, see `RewardTransform`: those beyond their range as its end."""
-        return measured.to(self.covariate_range).clamp(*self.covariate_range)
-
     def _columns(self, surface: Tensor) -> Tensor:
         """Pick the surface features that the adjusted rewards are computed from."""
         if surface.shape[1] != len(SURFACE_FEATURES):
@@ -197,7 +191,8 @@ class EmbeddingScorer(PreTrainedModel):
         rewards = apply_links(h @ self.head_weights.T + self.head_intercepts, self.links)
         adjusted = h @ self.adjusted_weights.T + self.adjusted_offset
         if measured is not None:
-            adjusted = adjusted + self.within_range(measured) @ self.adjusted_style.T
+            covariates = measured.to(device, torch.float64)
+            adjusted = adjusted + style_part(covariates, self.adjusted_style, self.covariate_range)
         if weights is None:
             members = self.gate.member_weights(prompts.to(device, torch.float64))
         else:

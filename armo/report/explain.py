@@ -19,6 +19,7 @@ from armo.embed.boundary import PromptGroup
 from armo.embed.extract import EmbeddedData
 from armo.embed.index import RowIndexer
 from armo.embed.spec import BackboneError
+from armo.fit.decorrelation import style_part
 from armo.model.output import Comparison, RewardOutput, Scale
 from armo.model.reward_model import ArmoRewardModel
 from armo.report.tables import Table
@@ -187,9 +188,16 @@ def _style_table(
     """Show what is measured on two responses, but for features that neither has."""
     measured = surface_features(responses)
     columns = [SURFACE_FEATURES.index(name) for name in model.covariates]
-    first, second = model.within_range(measured[:, columns]).cpu()
-    moved = (weights @ model.adjusted_style.cpu()) * (first - second)
-    moves = dict(zip(model.covariates, moved.tolist(), strict=True))
+    # Of one covariate at a time, as if each were an objective of its own.
+    slopes = weights[:, None] * model.adjusted_style.cpu()
+    each = [
+        style_part(
+            measured[:, [column]].double(), slopes[:, [k]], model.covariate_range[:, [k]].cpu()
+        )
+        for k, column in enumerate(columns)
+    ]
+    moved = [float((part[0] - part[1]).sum()) for part in each]
+    moves = dict(zip(model.covariates, moved, strict=True))
     rows: list[tuple[Any, ...]] = []
     for name, (a, b) in zip(SURFACE_FEATURES, measured.T.tolist(), strict=True):
         # The first is always shown: an empty table says nothing.
@@ -200,8 +208,8 @@ def _style_table(
     if moves:
         note += (
             " Moves the score: what taking style out of the rewards adds to the difference of the "
-            "scores, a part of the differences by objective. A feature beyond what training "
-            "responses show counts as the most or the least that they do."
+            "scores, a part of the differences by objective. Beyond what training responses show, "
+            "a feature may lower the score, but raises it no more."
         )
     return Table("style", "Style", names, tuple(rows), note)
 

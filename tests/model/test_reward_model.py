@@ -577,15 +577,18 @@ def test_what_is_measured_on_the_text_moves_the_adjusted_rewards_by_its_coeffici
     assert torch.equal(out.rewards[0], out.rewards[1]), "rewards stay raw"
 
 
-def test_what_lies_beyond_the_range_of_a_covariate_counts_as_its_end(encoder):
+def test_beyond_its_range_a_covariate_may_cost_but_does_not_pay(encoder):
     model = make_model(encoder, covariates=("bold",))
     model.covariate_range.copy_(torch.tensor([[1.0], [3.0]]))
     h = embeddings_of(model, 1).expand(6, -1)
     texts = ["**b** " * bold + "words" for bold in (0, 1, 2, 3, 4, 50)]
     adjusted = model.score_embeddings(h, h, texts=texts).adjusted
     slope = model.adjusted_style[:, 0]
-    for row, counted in enumerate((1, 1, 2, 3, 3, 3)):
-        torch.testing.assert_close(adjusted[row] - adjusted[0], slope * (counted - 1))
+    assert bool((slope > 0.0).any())
+    assert bool((slope < 0.0).any())
+    for row, (paid, costs) in enumerate(((0, 1), (1, 1), (2, 2), (3, 3), (3, 4), (3, 50))):
+        counted = torch.where(slope > 0.0, paid, costs) - torch.where(slope > 0.0, 0, 1)
+        torch.testing.assert_close(adjusted[row] - adjusted[0], slope * counted)
 
 
 def test_a_model_without_covariates_does_not_look_at_texts(encoder):
