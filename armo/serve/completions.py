@@ -80,10 +80,13 @@ class ControlText:
         tokens = {token.content for token in added if token.special} | {
             *tokenizer.all_special_tokens
         }
-        spelled = "|".join(re.escape(token) for token in tokens if token)
+        longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+        spelled = "|".join(re.escape(token) for token in longest_first)
         # One character, where a token begins: tokens may overlap.
         self._begins = re.compile(f"(?={spelled})(.)", re.DOTALL) if spelled else None
-        self._end = re.compile(rf"(?:{spelled})+\Z") if spelled else None
+        # Of a text written backwards: from its end on, however many tokens it has elsewhere.
+        backwards = "|".join(re.escape(token[::-1]) for token in longest_first)
+        self._end = re.compile(rf"(?:\s*+(?:{backwards}))+") if backwards else None
 
     def disarm(self, text: str) -> str:
         """Put a space behind the first character of each special token that a text spells.
@@ -93,8 +96,12 @@ class ControlText:
         return self._begins.sub(r"\1 ", text) if self._begins else text
 
     def without_end(self, text: str) -> str:
-        """Take off the special tokens that a text ends with, as a generation does."""
-        return self._end.sub("", text) if self._end else text
+        """Take off the special tokens that a text ends with, as a generation does.
+
+        White space behind them goes too, as a template writes it between turns.
+        """
+        ended = self._end.match(text[::-1]) if self._end else None
+        return text[: len(text) - ended.end()] if ended else text
 
 
 def _parse_prompt(prompt: Turns) -> list[Message]:

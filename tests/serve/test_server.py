@@ -1,4 +1,5 @@
 import base64
+import copy
 import html
 import json
 import math
@@ -317,6 +318,19 @@ def test_texts_of_another_template_are_read_by_the_tokenizer_of_the_policy(
     assert abs(reward - wanted[0]) > 1e-2
     assert refused.status_code == 422
     assert "opens no response in 'Just words'" in refused.json()["detail"]
+
+
+def test_what_a_template_writes_behind_a_turn_is_no_part_of_the_response(encoder, causal, tmp_path):
+    """Templates in the manner of ChatML write a new line behind the end of a turn."""
+    policy = copy.deepcopy(causal.tokenizer)
+    policy.chat_template = policy.chat_template.replace("<|turn|>", "<|turn|>\n")
+    policy.save_pretrained(tmp_path)
+    texts = [policy.apply_chat_template(row, tokenize=False) for row in ROWS]
+    assert texts[0].endswith("<|turn|>\n")
+    with serving(make_model(encoder), policy=str(tmp_path)) as own:
+        reply = own.post("/v1/score/evaluation", json={"messages": texts}).json()
+    wanted = make_model(encoder).score(ROWS).score.clamp(-5, 5).tolist()
+    assert reply["scores"] == pytest.approx(wanted, **CLOSE)
 
 
 def test_score_evaluation_answers_llama_factory(client, reference, rendered):
