@@ -591,8 +591,6 @@ def serve(cfg: DictConfig) -> None:
             cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
         )
     name = cfg.name or model_names([str(cfg.model)])[0]
-    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    make_console().print(f"serving {name} on http://{host}:{cfg.port}; its page is /docs")
     serve_model(model, name=name, settings=settings)
 
 

@@ -281,7 +281,11 @@ def serve(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -> Non
     if settings.host not in LOOPBACK and settings.api_key is None:
         logger.warning("%s is open to others, and there is no API key", settings.host)
     with listen(settings) as listener, suppress(KeyboardInterrupt):
-        Server(create_app(model, name=name, settings=settings), settings).run([listener])
+        server = Server(create_app(model, name=name, settings=settings), settings)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        port = listener.getsockname()[1]
+        logger.info("serving %s on http://%s:%d; its page is /docs", name, host, port)
+        server.run([listener])
 
 
 def listen(settings: ServerSettings) -> socket.socket:

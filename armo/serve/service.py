@@ -64,12 +64,24 @@ class ServerSettings:
     log_texts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "max_body_bytes", "max_requests", "timeout_s"):
+        if not (isinstance(self.host, str) and self.host.strip()):
+            raise ValueError(f"`host` must be a name or an address, got {self.host!r}")
+        if not (type(self.port) is int and 0 <= self.port < 2**16):
+            raise ValueError(f"`port` must be a whole number up to 65535, got {self.port}")
+        for name in ("queue_tokens", "max_rows", "max_body_bytes", "max_requests"):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and value > 0):
-                raise ValueError(f"`{name}` must be a positive number, got {value}")
-        if self.limit is not None and not 0.0 < self.limit < math.inf:
-            raise ValueError(f"`limit` must be a finite number above zero, got {self.limit}")
+            if value is None and name == "queue_tokens":
+                continue
+            if not (type(value) is int and value > 0):
+                raise ValueError(f"`{name}` must be a positive whole number, got {value}")
+        for name in ("timeout_s", "limit"):
+            value = getattr(self, name)
+            if value is None and name == "limit":
+                continue
+            if not (isinstance(value, int | float) and 0.0 < value < math.inf):
+                raise ValueError(f"`{name}` must be a finite number above zero, got {value}")
+        if not isinstance(self.log_texts, bool):
+            raise ValueError(f"`log_texts` must be true or false, got {self.log_texts}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise ValueError("the API key must be text of ASCII characters, and not empty")
 

@@ -434,10 +434,23 @@ def test_a_key_that_no_header_can_carry_is_refused(key):
 
 
 @pytest.mark.usefixtures("no_type_checks")
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, "many", None])
-def test_a_limit_that_is_no_positive_number_is_refused(value):
-    for name in ("max_rows", "max_body_bytes", "max_requests", "timeout_s"):
-        with pytest.raises(ValueError, match=f"`{name}` must be a positive number"):
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        (0, {"queue_tokens", "max_rows", "max_body_bytes", "max_requests", "timeout_s", "limit"}),
+        (-1, {"port", "queue_tokens", "max_rows", "timeout_s", "limit"}),
+        (0.5, {"port", "queue_tokens", "max_rows", "max_body_bytes", "max_requests", "log_texts"}),
+        (math.nan, {"port", "queue_tokens", "max_requests", "timeout_s", "limit"}),
+        (math.inf, {"max_body_bytes", "timeout_s", "limit"}),
+        ("many", {"port", "queue_tokens", "max_rows", "timeout_s", "limit", "log_texts"}),
+        (None, {"host", "port", "max_rows", "timeout_s", "log_texts"}),
+        (2**16, {"port"}),
+        ("", {"host"}),  # which would listen on every address
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(value, names):
+    for name in names:
+        with pytest.raises(ValueError, match=f"^`{name}` must be "):
             ServerSettings(**{name: value})
 
 
