@@ -233,7 +233,11 @@ def _health(service: Service) -> APIRouter:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    if error.errors()[0]["loc"] == ("body",):
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        where = f"{first['ctx']['error']} at character {first['loc'][1]}"
+        return Refusal(422, f"the body is no valid JSON: {where}").response()
+    if first["loc"] == ("body",):
         detail = "the body must be a JSON object, sent with `Content-Type: application/json`"
         return Refusal(422, detail).response()
     return Refusal(422, schemas.first_error(error.errors())).response()

@@ -554,6 +554,25 @@ def test_a_body_that_is_not_sent_as_json_is_named(client):
         assert "Content-Type: application/json" in refused.json()["detail"]
 
 
+def test_what_is_wrong_with_a_body_is_said_in_its_own_words(client):
+    headers = {"content-type": "application/json"}
+    broken = client.post("/score", content=b'{"prompt": "Q", ', headers=headers)
+    assert broken.status_code == 422
+    assert broken.json()["detail"].startswith("the body is no valid JSON: Expecting")
+    assert broken.json()["detail"].endswith("at character 16")
+    turns = [{"role": "robot", "content": "Q"}]
+    for path, body, place in (
+        ("/score", {"prompt": 5, "responses": ["A"]}, "prompt: "),
+        ("/score", {"prompt": turns, "responses": ["A"]}, "prompt.0.role: "),
+        ("/classify", {"input": [1]}, "input.0: "),
+        ("/v1/embeddings", {"input": [[1, 2]]}, "input.0: "),
+        ("/compare", {"prompt": "Q", "a": "A", "b": 1}, "b: "),
+    ):
+        refused = client.post(path, json=body)
+        assert refused.status_code == 422
+        assert refused.json()["detail"].startswith(f"{place}Input should be "), refused.text
+
+
 def test_a_fault_of_the_server_is_said_in_json(causal):
     with serving(make_model(causal)) as own:
         own.app.app.state.service.engine.submit = None
