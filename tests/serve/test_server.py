@@ -390,6 +390,16 @@ def test_the_page_shows_every_route_and_loads_nothing(client):
         _, address, *_, body = shlex.split(html.unescape(command))
         reply = client.post(address.removeprefix("http://HOST:PORT"), json=json.loads(body))
         assert reply.status_code == 200
+    assert "Authorization" not in page.text
+    assert "/v1/score/evaluation --json @FILE<" in page.text
+
+
+def test_the_page_sends_the_key_where_one_is_asked_for(causal):
+    with serving(make_model(causal), api_key="secret") as locked:
+        page = html.unescape(locked.get("/docs").text)
+    assert "secret" not in page
+    commands = dict(re.findall(r"<pre>curl http://HOST:PORT(\S+?)( .*?)?</pre>", page))
+    assert [path for path, more in commands.items() if "$ARMO_API_KEY" not in more] == ["/health"]
 
 
 def test_the_fingerprint_is_that_of_the_folder(causal, tmp_path):
