@@ -21,6 +21,8 @@ from armo.model.reward_model import ArmoRewardModel
 from armo.serve.completions import ControlText, Turns, shared_length
 from armo.serve.rewards import LIMIT, Rewards
 
+# Name of the log that says which responses cannot have a score.
+UNSCORABLE = "unscorable"
 # Stand in for turns, to see what a template writes around them.
 MARKS = tuple(f"armoturn{number}" for number in range(4))
 
@@ -123,7 +125,8 @@ class OpenRLHFReward:
         Returns:
             `rewards`, the score; `scores`, the probability that the response is preferred to one
             with the mean score of the training responses, for `--algo.dynamic_filtering_range`; and
-            `extra_logs`, the adjusted reward of each objective. Tensors, one number per query.
+            `extra_logs`, the adjusted reward of each objective, and as `unscorable` a 1 where there
+            is no score. Tensors, one number per query.
 
         Raises:
             ValueError: If a prompt cannot be read.
@@ -137,7 +140,7 @@ class OpenRLHFReward:
         return {
             "rewards": score,
             "scores": torch.sigmoid(float(self.rewards.model.beta) * score),
-            "extra_logs": dict(columns),
+            "extra_logs": {**dict(columns), UNSCORABLE: batch.unscorable.float()},
         }
 
 
