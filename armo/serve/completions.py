@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from armo.data.conversation import Conversation, Message
 
@@ -69,6 +70,28 @@ def shared_length(prompt: str, text: str) -> int:
     for character in prompt if text else "":
         found = go_on(found, character)
     return found
+
+
+def load_tokenizer(place: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, running no code of its own.
+
+    Args:
+        place: Folder or hub id.
+        revision: On the hub.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, revision=revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No tokenizer at {place}, and the hub could not give one of that name "
+            f"({type(error).__name__})"
+        ) from error
+    return tokenizer
 
 
 class ControlText:

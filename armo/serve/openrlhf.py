@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from armo.model.reward_model import ArmoRewardModel
-from armo.serve.completions import ControlText, Turns, shared_length
+from armo.serve.completions import ControlText, Turns, load_tokenizer, shared_length
 from armo.serve.rewards import LIMIT, Rewards
 
 # Name of the log that says which responses cannot have a score.
@@ -95,7 +95,7 @@ class OpenRLHFReward:
         self,
         model: ArmoRewardModel | str | Path,
         *,
-        policy: str | PreTrainedTokenizerBase,
+        policy: str | Path | PreTrainedTokenizerBase,
         limit: float = LIMIT,
     ) -> None:
         """Make the reward function of a model.
@@ -105,10 +105,13 @@ class OpenRLHFReward:
             policy: Tokenizer of the policy, or its folder or hub id. Prompts that its chat template
                 rendered (`--data.apply_chat_template`) are taken apart; others are one user turn.
             limit: As for `Rewards`.
+
+        Raises:
+            ValueError: If there is no such tokenizer.
         """
         self.rewards = Rewards(model, limit=limit)
-        if isinstance(policy, str):
-            policy = AutoTokenizer.from_pretrained(policy)
+        if isinstance(policy, str | Path):
+            policy = load_tokenizer(policy)
         self._rendered = RenderedPrompts(policy)
 
     def __call__(

@@ -14,10 +14,10 @@ from fastapi import HTTPException, Request
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import BaseModel
 from safetensors import safe_open
-from transformers import AutoTokenizer
 
 from armo.model.pretrained import SEAL, WEIGHTS
 from armo.model.reward_model import ArmoRewardModel
+from armo.serve.completions import load_tokenizer
 from armo.serve.engine import Answer, PassError, RequestTooLongError, RowScore, ScoringEngine
 from armo.serve.rewards import LIMIT
 from armo.serve.rows import Row, RowError, RowReader
@@ -105,9 +105,7 @@ class Service:
         self.settings = settings
         self.beta = float(model.beta)
         self.engine = ScoringEngine(model, queue_tokens=settings.queue_tokens or default)
-        policy = None
-        if settings.policy is not None:
-            policy = AutoTokenizer.from_pretrained(settings.policy, trust_remote_code=False)
+        policy = None if settings.policy is None else load_tokenizer(settings.policy)
         self.reader = RowReader(model.backbone, policy=policy)
         self._tokenising = ThreadPoolExecutor(max_workers=1, thread_name_prefix="armo-read")
 

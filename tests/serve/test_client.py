@@ -262,7 +262,13 @@ def test_a_model_that_reads_more_than_the_last_state_is_refused(encoder, tmp_pat
     make_model(encoder).save_pretrained(tmp_path / "model")
     client = PoolingClient("http://127.0.0.1:9", timeout_s=1)
     with pytest.raises(BackboneError, match="pooling: mean"):
-        load_split(tmp_path / "model", client)
+        load_split(tmp_path / "model", client, tokenizer="not/looked/for")
+
+
+def test_a_tokenizer_that_is_not_there_is_named(whole, tmp_path):
+    client = PoolingClient("http://127.0.0.1:9", timeout_s=1)
+    with pytest.raises(ValueError, match=rf"^No tokenizer at {tmp_path}, and the hub"):
+        load_split(whole.folder, client, tokenizer=tmp_path)
 
 
 def test_another_tokenizer_is_refused(whole, encoder_folder):
