@@ -585,7 +585,9 @@ def serve(cfg: DictConfig) -> None:
             api_key=os.environ.get(BACKBONE_KEY),
             timeout_s=settings.timeout_s,
         )
-        model = load_split(cfg.model, client, tokenizer=cfg.backbone.tokenizer)
+        model = load_split(
+            cfg.model, client, tokenizer=cfg.backbone.tokenizer, batch_tokens=cfg.batch_tokens
+        )
     else:
         model = ArmoRewardModel.from_pretrained(
             cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens

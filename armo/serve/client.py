@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from armo.artifacts import digest_json
-from armo.embed.backbone import Backbone
+from armo.embed.backbone import Backbone, tokens_per_batch
 from armo.embed.plan import Plan, TextPlanner
 from armo.embed.spec import BackboneError, BackboneSpec
 from armo.model.pretrained import BACKBONE, download_folder, load_folder
@@ -30,6 +30,8 @@ from armo.serve.completions import load_tokenizer
 
 # Requests at once: the other server makes batches of what it gets together.
 CONNECTIONS = 8
+# Of a request, where it is not said how many.
+REQUEST_TOKENS = 8192
 # Seconds before it is asked again: what a server that is busy, or a connection that breaks, needs.
 RETRY_S = (0.5, 2.0)
 BUSY = (429, 502, 503, 504)
@@ -225,7 +227,7 @@ def load_split(
     client: PoolingClient,
     *,
     tokenizer: str | Path | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | Literal["auto"] = "auto",
 ) -> ArmoRewardModel:
     """Load heads and gate of a model, without the weights of its backbone, and check the server.
 
@@ -265,7 +267,7 @@ def load_split(
         replace(spec),
         client=client,
         tokenizer=load_tokenizer(place, revision=revision),
-        batch_tokens=batch_tokens,
+        batch_tokens=tokens_per_batch(batch_tokens, default=REQUEST_TOKENS),
     )
     lengths = client.embed([[1], [2], [1, 2]]).norm(dim=1)
     if bool((lengths - 1.0).abs().max() < 1e-3):
