@@ -246,7 +246,7 @@ class InfoReply(BaseModel):
     beta: float
     objectives: list[ObjectiveInfo]
     backbone: dict[str, Any]
-    limits: dict[str, float]
+    limits: dict[str, int | float | None]
 
 
 class HealthReply(BaseModel):

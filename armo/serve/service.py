@@ -13,9 +13,8 @@ from typing import Any
 from fastapi import HTTPException, Request
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import BaseModel
-from safetensors import safe_open
 
-from armo.model.pretrained import SEAL, WEIGHTS
+from armo.model.pretrained import read_seal
 from armo.model.reward_model import ArmoRewardModel
 from armo.serve.completions import load_tokenizer
 from armo.serve.engine import Answer, PassError, RequestTooLongError, RowScore, ScoringEngine
@@ -157,16 +156,12 @@ class Service:
     def info(self) -> InfoReply:
         """Say what is served."""
         model, settings = self.model, self.settings
-        seal = None
-        if model.folder is not None:
-            with safe_open(model.folder / WEIGHTS, framework="pt") as file:
-                seal = file.metadata()[SEAL]
         spec = model.backbone.spec
         names = ("id", "revision", "digest", "dtype", "max_tokens", "max_prompt_tokens")
         return InfoReply(
             model=self.name,
             version=version("armo"),
-            fingerprint=seal,
+            fingerprint=None if model.folder is None else read_seal(model.folder),
             beta=self.beta,
             objectives=[ObjectiveInfo(**asdict(o)) for o in model.objectives.objectives],
             backbone={name: getattr(spec, name) for name in (*names, "on_overlong")}
@@ -177,6 +172,7 @@ class Service:
                 "max_body_bytes": settings.max_body_bytes,
                 "max_requests": settings.max_requests,
                 "timeout_s": settings.timeout_s,
+                "limit": settings.limit,
             },
         )
 

@@ -362,6 +362,8 @@ def test_info_health_metrics_and_the_openapi_page(client, reference):
     assert [o["name"] for o in info["objectives"]] == list(reference.objectives.names)
     assert info["objectives"][2]["higher_is_better"] is False
     assert info["backbone"]["fingerprint"] == reference.backbone.spec.fingerprint
+    assert info["limits"]["limit"] == 5.0
+    assert isinstance(info["limits"]["max_rows"], int)
     assert client.get("/health").json() == {"status": "ok"}
     text = client.get("/metrics").text
     assert 'armo_requests_total{path="/health",status="200"}' in text
