@@ -216,7 +216,10 @@ def scored(answers: Sequence[Answer], *, rows: Sequence[str] | None = None) -> l
 
 def row_refusal(answer: Answer, *, row: str) -> HTTPException:
     """What a whole request is refused with because of a row."""
-    return HTTPException(500 if isinstance(answer, PassError) else 422, f"row {row}: {answer}")
+    status = 422
+    if isinstance(answer, PassError):
+        status = 503 if answer.away else 500
+    return HTTPException(status, f"row {row}: {answer}")
 
 
 async def _answers(request: Request, future: "Future[list[Answer]]") -> list[Answer]:
