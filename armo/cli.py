@@ -585,14 +585,14 @@ def serve(cfg: DictConfig) -> None:
             api_key=os.environ.get(BACKBONE_KEY),
             timeout_s=settings.timeout_s,
         )
-        model = load_split(cfg.model, client, tokenizer=cfg.backbone.tokenizer)
+        model = load_split(
+            cfg.model, client, tokenizer=cfg.backbone.tokenizer, batch_tokens=cfg.batch_tokens
+        )
     else:
         model = ArmoRewardModel.from_pretrained(
             cfg.model, device=cfg.device, batch_tokens=cfg.batch_tokens
         )
     name = cfg.name or model_names([str(cfg.model)])[0]
-    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    make_console().print(f"serving {name} on http://{host}:{cfg.port}; its page is /docs")
     serve_model(model, name=name, settings=settings)
 
 

@@ -67,7 +67,8 @@ class Backbone:
         """Wrap a loaded model; most callers want `load_backbone`.
 
         Raises:
-            BackboneError: If the model or the tokenizer lacks what the spec asks for.
+            BackboneError: If the model or the tokenizer lacks what the spec asks for, or batches
+                have no tokens.
         """
         config = model.config.get_text_config()
         layers = config.num_hidden_layers
@@ -88,13 +89,11 @@ class Backbone:
         self.model = model
         self.tokenizer = tokenizer
         self.planner = TextPlanner(spec, tokenizer)
-        if batch_tokens == "auto":
-            on_cpu = model.device.type == "cpu"
-            batch_tokens = CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS
+        default = CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS
         self.runner = Runner(
             model,
             layers=spec.layers,
-            batch_tokens=batch_tokens,
+            batch_tokens=tokens_per_batch(batch_tokens, default=default),
             decoder=self.planner.conversations is not None,
         )
         self._versions = _versions(model)
@@ -241,6 +240,19 @@ def _one_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         while (result := future.result()) is not end:
             future = thread.submit(step)
             yield cast(R, result)
+
+
+def tokens_per_batch(asked: int | Literal["auto"], *, default: int) -> int:
+    """Return how many padded tokens a batch has.
+
+    Raises:
+        BackboneError: If these are not a positive number.
+    """
+    if asked == "auto":
+        return default
+    if type(asked) is not int or asked < 1:
+        raise BackboneError(f"`batch_tokens` must be auto or a positive number, got {asked}")
+    return asked
 
 
 def load_backbone(

@@ -13,22 +13,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from armo.artifacts import digest_json
-from armo.embed.backbone import Backbone
+from armo.embed.backbone import Backbone, tokens_per_batch
 from armo.embed.plan import Plan, TextPlanner
 from armo.embed.spec import BackboneError, BackboneSpec
 from armo.model.pretrained import BACKBONE, download_folder, load_folder
 from armo.model.reward_model import ArmoRewardModel
+from armo.serve.completions import load_tokenizer
 
 # Requests at once: the other server makes batches of what it gets together.
 CONNECTIONS = 8
+# Of a request, where it is not said how many.
+REQUEST_TOKENS = 8192
 # Seconds before it is asked again: what a server that is busy, or a connection that breaks, needs.
 RETRY_S = (0.5, 2.0)
 BUSY = (429, 502, 503, 504)
@@ -206,14 +209,8 @@ class RemoteBackbone(Backbone):
         """Join a server and the tokenizer of its model.
 
         Raises:
-            BackboneError: If the spec asks for what the server does not give, or the tokenizer is
-                not the one that it names.
+            BackboneError: If the tokenizer is not the one that the spec names.
         """
-        if spec.pooling != "last" or spec.layers != (-1,):
-            raise BackboneError(
-                f"the server gives the last layer's state at the last token; this model reads "
-                f"layers {list(spec.layers)} with `pooling: {spec.pooling}`"
-            )
         digest = digest_json([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
         if spec.tokenizer_digest not in (None, digest):
             raise BackboneError(f"the tokenizer is not the one of {spec.id} that the model names")
@@ -230,7 +227,7 @@ def load_split(
     client: PoolingClient,
     *,
     tokenizer: str | Path | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | Literal["auto"] = "auto",
 ) -> ArmoRewardModel:
     """Load heads and gate of a model, without the weights of its backbone, and check the server.
 
@@ -249,6 +246,7 @@ def load_split(
 
     Raises:
         BackboneError: If the model does not read its backbone in a way that the server can.
+        ValueError: If there is no such tokenizer.
         RemoteError: If the server does not answer with embeddings, or with normalised ones.
         ArtifactError: If the golden conversations have other scores.
     """
@@ -256,14 +254,20 @@ def load_split(
     if not folder.is_dir():
         folder = download_folder(str(path))
     declared, gate, tensors = load_folder(folder)
+    spec = declared.backbone
+    if spec.pooling != "last" or spec.layers != (-1,):
+        raise BackboneError(
+            f"the server gives the last layer's state at the last token; this model reads "
+            f"layers {list(spec.layers)} with `pooling: {spec.pooling}`"
+        )
     own = folder / BACKBONE
-    place = tokenizer or (own if own.is_dir() else declared.backbone.id)
-    revision = None if tokenizer is not None or own.is_dir() else declared.backbone.revision
+    place = tokenizer or (own if own.is_dir() else spec.id)
+    revision = None if tokenizer is not None or own.is_dir() else spec.revision
     backbone = RemoteBackbone(
-        replace(declared.backbone),
+        replace(spec),
         client=client,
-        tokenizer=AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False),
-        batch_tokens=batch_tokens,
+        tokenizer=load_tokenizer(place, revision=revision),
+        batch_tokens=tokens_per_batch(batch_tokens, default=REQUEST_TOKENS),
     )
     lengths = client.embed([[1], [2], [1, 2]]).norm(dim=1)
     if bool((lengths - 1.0).abs().max() < 1e-3):

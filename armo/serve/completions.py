@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from armo.data.conversation import Conversation, Message
 
@@ -71,6 +72,28 @@ def shared_length(prompt: str, text: str) -> int:
     return found
 
 
+def load_tokenizer(place: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, running no code of its own.
+
+    Args:
+        place: Folder or hub id.
+        revision: On the hub.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, revision=revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No tokenizer at {place}, and the hub could not give one of that name "
+            f"({type(error).__name__})"
+        ) from error
+    return tokenizer
+
+
 class ControlText:
     """Finds the control text of a tokenizer in responses, and takes its effect."""
 
@@ -80,10 +103,13 @@ class ControlText:
         tokens = {token.content for token in added if token.special} | {
             *tokenizer.all_special_tokens
         }
-        spelled = "|".join(re.escape(token) for token in tokens if token)
+        longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+        spelled = "|".join(re.escape(token) for token in longest_first)
         # One character, where a token begins: tokens may overlap.
         self._begins = re.compile(f"(?={spelled})(.)", re.DOTALL) if spelled else None
-        self._end = re.compile(rf"(?:{spelled})+\Z") if spelled else None
+        # Of a text written backwards: from its end on, however many tokens it has elsewhere.
+        backwards = "|".join(re.escape(token[::-1]) for token in longest_first)
+        self._end = re.compile(rf"(?:\s*+(?:{backwards}))+") if backwards else None
 
     def disarm(self, text: str) -> str:
         """Put a space behind the first character of each special token that a text spells.
@@ -93,8 +119,12 @@ class ControlText:
         return self._begins.sub(r"\1 ", text) if self._begins else text
 
     def without_end(self, text: str) -> str:
-        """Take off the special tokens that a text ends with, as a generation does."""
-        return self._end.sub("", text) if self._end else text
+        """Take off the special tokens that a text ends with, as a generation does.
+
+        White space behind them goes too, as a template writes it between turns.
+        """
+        ended = self._end.match(text[::-1]) if self._end else None
+        return text[: len(text) - ended.end()] if ended else text
 
 
 def _parse_prompt(prompt: Turns) -> list[Message]:

@@ -48,7 +48,8 @@ class ArmoScore(Step):
 
     Output columns:
         - score (`float`): ranks responses to a prompt; NaN where there is none, and None among
-            those of `generations`, which steps that choose by them refuse
+            those of `generations`: steps that choose by them refuse it, and distilabel then empties
+            their whole batch
         - rewards (`dict[str, float]`): by objective, on [0, 1]
         - gating_weights (`dict[str, float]`): likewise, how much each counts for this prompt
         - contributions (`dict[str, float]`): likewise; they sum to the score

@@ -50,7 +50,17 @@ class RequestTooLongError(ValueError):
 
 
 class PassError(RuntimeError):
-    """A row could not be run, for no fault of its own; the log says why."""
+    """A row could not be run, for no fault of its own; the log says why.
+
+    Attributes:
+        away: Whether the backbone runs on another server, which does not answer.
+    """
+
+    def __init__(self, *, away: bool) -> None:
+        """Say it without what the log says."""
+        what = "the backbone's server does not answer" if away else "the model failed on this row"
+        super().__init__(f"{what}; the log says why")
+        self.away = away
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -300,9 +310,10 @@ class ScoringEngine:
                 answers = [RowError(str(error))]
             else:
                 cost = sum(request.rows[number].cost for request, number in rows)
-                logger.exception("%d rows of %d tokens failed", len(rows), cost)
-                reason = "the model failed on this row; the log says why"
-                answers = [PassError(reason) for _ in rows]
+                away = isinstance(error, ConnectionError)
+                message = "%d rows of %d tokens failed: %s"
+                logger.error(message, len(rows), cost, error, exc_info=not away)
+                answers = [PassError(away=away) for _ in rows]
         self._hand_out(rows, answers)
         return all(isinstance(answer, PassError) for answer in answers)
 

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from armo.model.reward_model import ArmoRewardModel
-from armo.serve.completions import ControlText, Turns, shared_length
+from armo.serve.completions import ControlText, Turns, load_tokenizer, shared_length
 from armo.serve.rewards import LIMIT, Rewards
 
+# Name of the log that says which responses cannot have a score.
+UNSCORABLE = "unscorable"
 # Stand in for turns, to see what a template writes around them.
 MARKS = tuple(f"armoturn{number}" for number in range(4))
 
@@ -93,7 +95,7 @@ class OpenRLHFReward:
         self,
         model: ArmoRewardModel | str | Path,
         *,
-        policy: str | PreTrainedTokenizerBase,
+        policy: str | Path | PreTrainedTokenizerBase,
         limit: float = LIMIT,
     ) -> None:
         """Make the reward function of a model.
@@ -103,10 +105,13 @@ class OpenRLHFReward:
             policy: Tokenizer of the policy, or its folder or hub id. Prompts that its chat template
                 rendered (`--data.apply_chat_template`) are taken apart; others are one user turn.
             limit: As for `Rewards`.
+
+        Raises:
+            ValueError: If there is no such tokenizer.
         """
         self.rewards = Rewards(model, limit=limit)
-        if isinstance(policy, str):
-            policy = AutoTokenizer.from_pretrained(policy)
+        if isinstance(policy, str | Path):
+            policy = load_tokenizer(policy)
         self._rendered = RenderedPrompts(policy)
 
     def __call__(
@@ -123,7 +128,8 @@ class OpenRLHFReward:
         Returns:
             `rewards`, the score; `scores`, the probability that the response is preferred to one
             with the mean score of the training responses, for `--algo.dynamic_filtering_range`; and
-            `extra_logs`, the adjusted reward of each objective. Tensors, one number per query.
+            `extra_logs`, the adjusted reward of each objective, and as `unscorable` a 1 where there
+            is no score. Tensors, one number per query.
 
         Raises:
             ValueError: If a prompt cannot be read.
@@ -137,7 +143,7 @@ class OpenRLHFReward:
         return {
             "rewards": score,
             "scores": torch.sigmoid(float(self.rewards.model.beta) * score),
-            "extra_logs": dict(columns),
+            "extra_logs": {**dict(columns), UNSCORABLE: batch.unscorable.float()},
         }
 
 

@@ -12,6 +12,7 @@ _HEAD = """<!doctype html>
 pre { background: #8882; padding: .5rem; overflow-x: auto }</style>
 <h1>armo</h1><p>The same for programs: <a href="openapi.json">openapi.json</a></p>
 """
+_KEY = ' -H "Authorization: Bearer $ARMO_API_KEY"'
 
 
 def api_page(api: dict[str, Any]) -> str:
@@ -28,7 +29,8 @@ def api_page(api: dict[str, Any]) -> str:
     for path, methods in api["paths"].items():
         for method, operation in methods.items():
             taken, answered = operation.get("requestBody", {}), operation["responses"]["200"]
-            example = _example(shapes.get(_name(taken)))
+            example = _KEY if "security" in operation else ""
+            example += _example(shapes.get(_name(taken)))
             parts.append(
                 f"<h2>{method.upper()} {path}</h2><p>{html.escape(operation['summary'])}</p>"
                 f"<p>Takes {_link(taken)}, answers {_link(answered)}</p>"
@@ -52,7 +54,9 @@ def _link(body: dict[str, Any]) -> str:
 
 
 def _example(shape: dict[str, Any] | None) -> str:
-    if shape is None or "examples" not in shape:
+    if shape is None:
         return ""
+    if "examples" not in shape:  # texts that depend on the chat template
+        return " --json @FILE"
     body = json.dumps(shape["examples"][0])
     return f" -H 'Content-Type: application/json' -d {shlex.quote(body)}"

@@ -13,11 +13,9 @@ from fastapi import APIRouter, HTTPException, Request
 
 from armo.serve import schemas
 from armo.serve.engine import Answer, RowScore
+from armo.serve.openrlhf import UNSCORABLE
 from armo.serve.rows import Row, RowError, RowReader
 from armo.serve.service import Service, row_refusal
-
-# Name of the log that says which responses cannot have a score.
-UNSCORABLE = "unscorable"
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,7 +246,7 @@ class InfoReply(BaseModel):
     beta: float
     objectives: list[ObjectiveInfo]
     backbone: dict[str, Any]
-    limits: dict[str, float]
+    limits: dict[str, int | float | None]
 
 
 class HealthReply(BaseModel):
@@ -295,6 +295,10 @@ def read_response(prompt: tuple[Message, ...], value: Any) -> Conversation | Row
 
 def first_error(errors: Any) -> str:
     """Say in one line what pydantic finds wrong first, and where; never what was sent."""
-    error = errors[0]
-    place = ".".join(str(part) for part in error["loc"] if part != "body")
+    field = errors[0]["loc"][:2]
+    # Of the forms that a field may have, the one that fits furthest is meant.
+    error = max((e for e in errors if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
+    # Where there are several forms, pydantic puts its own names for them into the place.
+    parts = [str(part) for part in error["loc"] if part != "body"]
+    place = ".".join(part for part in parts if "[" not in part)
     return f"{place}: {error['msg']}" if place else str(error["msg"])

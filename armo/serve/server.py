@@ -233,7 +233,11 @@ def _health(service: Service) -> APIRouter:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    if error.errors()[0]["loc"] == ("body",):
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        where = f"{first['ctx']['error']} at character {first['loc'][1]}"
+        return Refusal(422, f"the body is no valid JSON: {where}").response()
+    if first["loc"] == ("body",):
         detail = "the body must be a JSON object, sent with `Content-Type: application/json`"
         return Refusal(422, detail).response()
     return Refusal(422, schemas.first_error(error.errors())).response()
@@ -281,7 +285,11 @@ def serve(model: ArmoRewardModel, *, name: str, settings: ServerSettings) -> Non
     if settings.host not in LOOPBACK and settings.api_key is None:
         logger.warning("%s is open to others, and there is no API key", settings.host)
     with listen(settings) as listener, suppress(KeyboardInterrupt):
-        Server(create_app(model, name=name, settings=settings), settings).run([listener])
+        server = Server(create_app(model, name=name, settings=settings), settings)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        port = listener.getsockname()[1]
+        logger.info("serving %s on http://%s:%d; its page is /docs", name, host, port)
+        server.run([listener])
 
 
 def listen(settings: ServerSettings) -> socket.socket:

@@ -13,11 +13,10 @@ from typing import Any
 from fastapi import HTTPException, Request
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import BaseModel
-from safetensors import safe_open
-from transformers import AutoTokenizer
 
-from armo.model.pretrained import SEAL, WEIGHTS
+from armo.model.pretrained import read_seal
 from armo.model.reward_model import ArmoRewardModel
+from armo.serve.completions import load_tokenizer
 from armo.serve.engine import Answer, PassError, RequestTooLongError, RowScore, ScoringEngine
 from armo.serve.rewards import LIMIT
 from armo.serve.rows import Row, RowError, RowReader
@@ -64,12 +63,24 @@ class ServerSettings:
     log_texts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "max_body_bytes", "max_requests", "timeout_s"):
+        if not (isinstance(self.host, str) and self.host.strip()):
+            raise ValueError(f"`host` must be a name or an address, got {self.host!r}")
+        if not (type(self.port) is int and 0 <= self.port < 2**16):
+            raise ValueError(f"`port` must be a whole number up to 65535, got {self.port}")
+        for name in ("queue_tokens", "max_rows", "max_body_bytes", "max_requests"):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and value > 0):
-                raise ValueError(f"`{name}` must be a positive number, got {value}")
-        if self.limit is not None and not 0.0 < self.limit < math.inf:
-            raise ValueError(f"`limit` must be a finite number above zero, got {self.limit}")
+            if value is None and name == "queue_tokens":
+                continue
+            if not (type(value) is int and value > 0):
+                raise ValueError(f"`{name}` must be a positive whole number, got {value}")
+        for name in ("timeout_s", "limit"):
+            value = getattr(self, name)
+            if value is None and name == "limit":
+                continue
+            if not (isinstance(value, int | float) and 0.0 < value < math.inf):
+                raise ValueError(f"`{name}` must be a finite number above zero, got {value}")
+        if not isinstance(self.log_texts, bool):
+            raise ValueError(f"`log_texts` must be true or false, got {self.log_texts}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise ValueError("the API key must be text of ASCII characters, and not empty")
 
@@ -93,9 +104,7 @@ class Service:
         self.settings = settings
         self.beta = float(model.beta)
         self.engine = ScoringEngine(model, queue_tokens=settings.queue_tokens or default)
-        policy = None
-        if settings.policy is not None:
-            policy = AutoTokenizer.from_pretrained(settings.policy, trust_remote_code=False)
+        policy = None if settings.policy is None else load_tokenizer(settings.policy)
         self.reader = RowReader(model.backbone, policy=policy)
         self._tokenising = ThreadPoolExecutor(max_workers=1, thread_name_prefix="armo-read")
 
@@ -147,16 +156,12 @@ class Service:
     def info(self) -> InfoReply:
         """Say what is served."""
         model, settings = self.model, self.settings
-        seal = None
-        if model.folder is not None:
-            with safe_open(model.folder / WEIGHTS, framework="pt") as file:
-                seal = file.metadata()[SEAL]
         spec = model.backbone.spec
         names = ("id", "revision", "digest", "dtype", "max_tokens", "max_prompt_tokens")
         return InfoReply(
             model=self.name,
             version=version("armo"),
-            fingerprint=seal,
+            fingerprint=None if model.folder is None else read_seal(model.folder),
             beta=self.beta,
             objectives=[ObjectiveInfo(**asdict(o)) for o in model.objectives.objectives],
             backbone={name: getattr(spec, name) for name in (*names, "on_overlong")}
@@ -167,6 +172,7 @@ class Service:
                 "max_body_bytes": settings.max_body_bytes,
                 "max_requests": settings.max_requests,
                 "timeout_s": settings.timeout_s,
+                "limit": settings.limit,
             },
         )
 
@@ -210,7 +216,10 @@ def scored(answers: Sequence[Answer], *, rows: Sequence[str] | None = None) -> l
 
 def row_refusal(answer: Answer, *, row: str) -> HTTPException:
     """What a whole request is refused with because of a row."""
-    return HTTPException(500 if isinstance(answer, PassError) else 422, f"row {row}: {answer}")
+    status = 422
+    if isinstance(answer, PassError):
+        status = 503 if answer.away else 500
+    return HTTPException(status, f"row {row}: {answer}")
 
 
 async def _answers(request: Request, future: "Future[list[Answer]]") -> list[Answer]:

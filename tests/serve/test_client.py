@@ -235,10 +235,14 @@ def test_a_server_that_is_away_fails_the_request_at_once_and_not_its_rows(whole,
     with pooling(whole.backbone.model) as (url, _):
         apart = split(whole, url)
     with serving(apart) as client:
-        assert client.post("/score", json={"conversations": ROWS}).status_code == 500
+        refused = client.post("/score", json={"conversations": ROWS})
+        assert refused.status_code == 503
+        assert "the backbone's server does not answer" in refused.json()["detail"]
         # Not one time for each row: each may take as long as the timeout.
-        (failed,) = [r.message for r in caplog.records if "failed" in r.message]
-        assert failed.startswith("3 rows of ")
+        (failed,) = [r for r in caplog.records if "failed" in r.message]
+        assert failed.message.startswith("3 rows of ")
+        assert failed.message.count(url) == 1
+        assert not failed.exc_info
         deadline = time.monotonic() + 10
         while client.get("/health").status_code != 503 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -262,7 +266,13 @@ def test_a_model_that_reads_more_than_the_last_state_is_refused(encoder, tmp_pat
     make_model(encoder).save_pretrained(tmp_path / "model")
     client = PoolingClient("http://127.0.0.1:9", timeout_s=1)
     with pytest.raises(BackboneError, match="pooling: mean"):
-        load_split(tmp_path / "model", client)
+        load_split(tmp_path / "model", client, tokenizer="not/looked/for")
+
+
+def test_a_tokenizer_that_is_not_there_is_named(whole, tmp_path):
+    client = PoolingClient("http://127.0.0.1:9", timeout_s=1)
+    with pytest.raises(ValueError, match=rf"^No tokenizer at {tmp_path}, and the hub"):
+        load_split(whole.folder, client, tokenizer=tmp_path)
 
 
 def test_another_tokenizer_is_refused(whole, encoder_folder):

@@ -1,6 +1,7 @@
 """What trainers hand over becomes conversations, and control text becomes words."""
 
 import copy
+import time
 
 import pytest
 from hypothesis import given
@@ -139,8 +140,13 @@ def test_special_tokens_at_the_end_are_taken_off(tokenizer):
     control = ControlText(tokenizer)
     first, *_, last = (t for t in tokenizer.all_special_tokens if t != tokenizer.unk_token)
     assert control.without_end(f"{first} a.{last}{first}") == f"{first} a."
-    assert control.without_end(f"a.{last} ") == f"a.{last} "
-    assert control.without_end("a.") == "a."
+    assert control.without_end(f"a. {last}\n{first}\n") == "a. "
+    assert control.without_end(f"a.{last}b ") == f"a.{last}b "
+    assert control.without_end("a.\n") == "a.\n"
+    started = time.perf_counter()
+    long = last * 50_000 + "x"  # a minute, if each token were tried as the first of the end
+    assert control.without_end(long) == long
+    assert time.perf_counter() - started < 2.0
 
 
 @given(st.text("ab", max_size=9), st.text("ab", max_size=9))

@@ -113,6 +113,7 @@ def test_a_file_of_two_lines_gives_the_models_own_scores(causal_model, causal_fo
         assert [row[n].item() for n in out.objectives] == pytest.approx(adjusted, abs=1e-5)
     assert rows[2]["reward"].item() == -1000.0
     assert rows[2]["score"].item() == 0.0
+    assert [row["unscorable"].item() for row in rows] == [0.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("template", [None, QWEN, NO_SYSTEM], ids=["llama", "qwen", "mistral"])

@@ -1,4 +1,5 @@
 import base64
+import copy
 import html
 import json
 import math
@@ -319,6 +320,19 @@ def test_texts_of_another_template_are_read_by_the_tokenizer_of_the_policy(
     assert "opens no response in 'Just words'" in refused.json()["detail"]
 
 
+def test_what_a_template_writes_behind_a_turn_is_no_part_of_the_response(encoder, causal, tmp_path):
+    """Templates in the manner of ChatML write a new line behind the end of a turn."""
+    policy = copy.deepcopy(causal.tokenizer)
+    policy.chat_template = policy.chat_template.replace("<|turn|>", "<|turn|>\n")
+    policy.save_pretrained(tmp_path)
+    texts = [policy.apply_chat_template(row, tokenize=False) for row in ROWS]
+    assert texts[0].endswith("<|turn|>\n")
+    with serving(make_model(encoder), policy=str(tmp_path)) as own:
+        reply = own.post("/v1/score/evaluation", json={"messages": texts}).json()
+    wanted = make_model(encoder).score(ROWS).score.clamp(-5, 5).tolist()
+    assert reply["scores"] == pytest.approx(wanted, **CLOSE)
+
+
 def test_score_evaluation_answers_llama_factory(client, reference, rendered):
     reply = client.post("/v1/score/evaluation", json={"model": "m", "messages": rendered}).json()
     assert reply["object"] == "score.evaluation"
@@ -348,6 +362,8 @@ def test_info_health_metrics_and_the_openapi_page(client, reference):
     assert [o["name"] for o in info["objectives"]] == list(reference.objectives.names)
     assert info["objectives"][2]["higher_is_better"] is False
     assert info["backbone"]["fingerprint"] == reference.backbone.spec.fingerprint
+    assert info["limits"]["limit"] == 5.0
+    assert isinstance(info["limits"]["max_rows"], int)
     assert client.get("/health").json() == {"status": "ok"}
     text = client.get("/metrics").text
     assert 'armo_requests_total{path="/health",status="200"}' in text
@@ -376,6 +392,16 @@ def test_the_page_shows_every_route_and_loads_nothing(client):
         _, address, *_, body = shlex.split(html.unescape(command))
         reply = client.post(address.removeprefix("http://HOST:PORT"), json=json.loads(body))
         assert reply.status_code == 200
+    assert "Authorization" not in page.text
+    assert "/v1/score/evaluation --json @FILE<" in page.text
+
+
+def test_the_page_sends_the_key_where_one_is_asked_for(causal):
+    with serving(make_model(causal), api_key="secret") as locked:
+        page = html.unescape(locked.get("/docs").text)
+    assert "secret" not in page
+    commands = dict(re.findall(r"<pre>curl http://HOST:PORT(\S+?)( .*?)?</pre>", page))
+    assert [path for path, more in commands.items() if "$ARMO_API_KEY" not in more] == ["/health"]
 
 
 def test_the_fingerprint_is_that_of_the_folder(causal, tmp_path):
@@ -420,10 +446,23 @@ def test_a_key_that_no_header_can_carry_is_refused(key):
 
 
 @pytest.mark.usefixtures("no_type_checks")
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, "many", None])
-def test_a_limit_that_is_no_positive_number_is_refused(value):
-    for name in ("max_rows", "max_body_bytes", "max_requests", "timeout_s"):
-        with pytest.raises(ValueError, match=f"`{name}` must be a positive number"):
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        (0, {"queue_tokens", "max_rows", "max_body_bytes", "max_requests", "timeout_s", "limit"}),
+        (-1, {"port", "queue_tokens", "max_rows", "timeout_s", "limit"}),
+        (0.5, {"port", "queue_tokens", "max_rows", "max_body_bytes", "max_requests", "log_texts"}),
+        (math.nan, {"port", "queue_tokens", "max_requests", "timeout_s", "limit"}),
+        (math.inf, {"max_body_bytes", "timeout_s", "limit"}),
+        ("many", {"port", "queue_tokens", "max_rows", "timeout_s", "limit", "log_texts"}),
+        (None, {"host", "port", "max_rows", "timeout_s", "log_texts"}),
+        (2**16, {"port"}),
+        ("", {"host"}),  # which would listen on every address
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(value, names):
+    for name in names:
+        with pytest.raises(ValueError, match=f"^`{name}` must be "):
             ServerSettings(**{name: value})
 
 
@@ -525,6 +564,25 @@ def test_a_body_that_is_not_sent_as_json_is_named(client):
         refused = client.post("/score", content=b'{"prompt": "Q"}', headers=headers)
         assert refused.status_code == 422
         assert "Content-Type: application/json" in refused.json()["detail"]
+
+
+def test_what_is_wrong_with_a_body_is_said_in_its_own_words(client):
+    headers = {"content-type": "application/json"}
+    broken = client.post("/score", content=b'{"prompt": "Q", ', headers=headers)
+    assert broken.status_code == 422
+    assert broken.json()["detail"].startswith("the body is no valid JSON: Expecting")
+    assert broken.json()["detail"].endswith("at character 16")
+    turns = [{"role": "robot", "content": "Q"}]
+    for path, body, place in (
+        ("/score", {"prompt": 5, "responses": ["A"]}, "prompt: "),
+        ("/score", {"prompt": turns, "responses": ["A"]}, "prompt.0.role: "),
+        ("/classify", {"input": [1]}, "input.0: "),
+        ("/v1/embeddings", {"input": [[1, 2]]}, "input.0: "),
+        ("/compare", {"prompt": "Q", "a": "A", "b": 1}, "b: "),
+    ):
+        refused = client.post(path, json=body)
+        assert refused.status_code == 422
+        assert refused.json()["detail"].startswith(f"{place}Input should be "), refused.text
 
 
 def test_a_fault_of_the_server_is_said_in_json(causal):
