@@ -81,7 +81,7 @@ class TokenReader:
         cls, sep = self._tokenizer.cls_token_id, self._tokenizer.sep_token_id
         if row[:2] == [cls, cls]:  # the tokenizer's own beside the chat template's
             row = row[1:]
-        if row[-2:] == [sep, sep]:
+        if row[-2:] == [sep, sep] and row.count(sep) > 2:  # not around an empty response
             row = row[:-1]
         ends = [k for k, token in enumerate(row) if token == sep]
         if len(ends) != 2 or row[0] != cls or ends[1] != len(row) - 1 or not 1 < ends[0] < ends[1]:

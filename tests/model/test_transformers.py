@@ -487,6 +487,9 @@ def test_a_prompt_alone_is_what_comes_before_its_response_and_has_no_score(encod
     assert whole == f"{alone}Yes.{tokenizer.sep_token}"
     with pytest.raises(TokenRowError, match="separators"):
         make_model(encoder)(**pad(tokenizer, [alone]))
+    empty = pad(tokenizer, [alone + tokenizer.sep_token])
+    with pytest.raises(TokenRowError, match="row 0 has no response between its separators"):
+        make_model(encoder)(**empty)
 
 
 # Rows of ids by every family of chat templates.
