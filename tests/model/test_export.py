@@ -25,7 +25,7 @@ from armo.data.conversation import Message, PreferencePair
 from armo.data.surface import SURFACE_FEATURES, surface_features
 from armo.embed.backbone import load_backbone
 from armo.embed.spec import BackboneSpec
-from armo.fit.decorrelation import RewardTransform
+from armo.fit.decorrelation import RewardTransform, style_part
 from armo.fit.gating import GatingNetwork
 from armo.fit.heads import ObjectiveHeads
 from armo.model.export import export_model
@@ -373,6 +373,7 @@ def test_style_that_is_measured_on_the_text_is_said_to_be_lost_and_by_how_much(
     backbone, tmp_path, format
 ):
     parts = make_model(backbone, covariates=("bold", "log_length"))
+    parts.covariate_range.copy_(torch.tensor([[5.0, 20.0], [6.0, 30.0]]))
     weights = {"honesty": 1} if format == "single" else None
     report = export_model(parts, tmp_path / "out", format=format, weights=weights)
     sentence = next(s for s in report.lost if s.startswith("style stays in the score"))
@@ -380,9 +381,9 @@ def test_style_that_is_measured_on_the_text_is_said_to_be_lost_and_by_how_much(
     checks = [[{"role": r, "content": c} for r, c in check] for check in CHECKS[:2]]
     columns = [SURFACE_FEATURES.index(name) for name in ("bold", "log_length")]
     measured = surface_features([talk[-1]["content"] for talk in checks])[:, columns].double()
-    moved = parts.score(checks, weights=weights).gating_weights * (
-        measured @ parts.adjusted_style.T
-    )
+    style = style_part(measured, parts.adjusted_style, parts.covariate_range)
+    assert not torch.allclose(style, measured @ parts.adjusted_style.T)
+    moved = parts.score(checks, weights=weights).gating_weights * style
     said = float(sentence.split("up to ")[1])
     assert said == pytest.approx(float(moved.sum(1).abs().max()), rel=0.1)
 
