@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from figures import Figure, save
+from figures import Figure, peak_gb, save
 
 from armo.data.check_near import minhash
 from armo.data.check_rows import RowReader
@@ -166,20 +166,6 @@ def run_apart(path: Path) -> dict[str, float]:
         sys.exit(done.stderr)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
-
-
-def peak_gb() -> float:
-    """Most memory that was resident at once, in units of 1e9 bytes.
-
-    Not `ru_maxrss` where there is another: Linux starts that of a new process at the peak of the
-    one that started it.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024 / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def carried_on(sizes: Sequence[int], values: Sequence[float]) -> float:

@@ -1,6 +1,8 @@
 """What the benchmarks measure, and the JSON that they write of it."""
 
 import json
+import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,3 +44,17 @@ def save(figures: Sequence[Figure], path: Path) -> None:
         if figure.name.isidentifier() and figure.value is not None
     }
     path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+
+
+def peak_gb() -> float:
+    """Most memory that was resident at once, in units of 1e9 bytes.
+
+    Not `ru_maxrss` where there is another: Linux starts that of a new process at the peak of the
+    one that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -13,7 +13,6 @@ process of its own, which reads the embeddings from disk.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from figures import Figure, save
+from figures import Figure, peak_gb, save
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -344,20 +343,6 @@ def fit_stored(folder: Path) -> dict[str, float]:
         "before_gb": before,
         "store_gb": stored / 1e9,
     }
-
-
-def peak_gb() -> float:
-    """Most memory that was resident at once, in units of 1e9 bytes.
-
-    Not `ru_maxrss` where there is another: Linux starts that of a new process at the peak of the
-    one that started it.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024 / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # --- what is shown ------------------------------------------------------------------------------
